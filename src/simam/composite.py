@@ -69,9 +69,7 @@ def _inverse_energy(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     return shift * shift / (4 * (variance + e_lambda)) + 0.5
 
 
-def _leave_one_out(
-    d: Tensor, total: Tensor, positions: int, others: int
-) -> tuple[Tensor, Tensor]:
+def _leave_one_out(d: Tensor, total: Tensor, positions: int, others: int) -> tuple[Tensor, Tensor]:
     """t - mu_t and s_t^2 over the other neurons of the channel."""
     shift = d * positions / others
     # Where one neuron holds nearly all of S the difference cancels, to below zero by rounding.

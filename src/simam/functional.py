@@ -8,9 +8,7 @@ from torch import Tensor
 from . import composite
 
 
-def simam(
-    x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared"
-) -> Tensor:
+def simam(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> Tensor:
     r"""Scale every neuron by how much it stands out from the rest of its channel.
 
     How well can a linear function :math:`w x + b` tell a neuron t, labelled +1, from the other
@@ -54,9 +52,7 @@ def simam(
     return scale(x, e_lambda, statistics)
 
 
-def attention(
-    x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared"
-) -> Tensor:
+def attention(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> Tensor:
     """Show how much weight each neuron gets: the gate sigmoid(1 / e*) that `simam` applies.
 
     Args:
@@ -81,9 +77,7 @@ def attention(
     return composite.attention(x, e_lambda, statistics)
 
 
-def energy(
-    x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared"
-) -> Tensor:
+def energy(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> Tensor:
     """Measure how hard each neuron is to tell from its channel: the minimal energy e*.
 
     Args:
