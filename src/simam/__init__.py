@@ -1,8 +1,9 @@
 """SimAM, parameter-free attention for convolutional networks."""
 
 from . import functional
-from .attach import Insertion, Plan, attach, detach, plan
+from .attach import attach, detach
 from .module import SimAM
+from .planning import Insertion, Plan, plan
 
 __all__ = ["Insertion", "Plan", "SimAM", "attach", "detach", "functional", "plan"]
 __version__ = "0.1.0.dev0"

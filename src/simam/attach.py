@@ -6,133 +6,18 @@ output through that child, as torch's parametrizations do. No parameter or buffe
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.jit import ScriptModule
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .blocks import Unanalysed, find_points, is_convolution
 from .module import SimAM
+from .planning import Selector, plan
 
 Model = TypeVar("Model", bound=nn.Module)
-Selector: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
-
-
-@dataclass(frozen=True)
-class Insertion:
-    """One SimAM: the path of the convolution it follows, that of the block, and why there."""
-
-    path: str
-    block: str
-    conv: str
-    reason: str
-
-
-class Plan(list[Insertion]):
-    """What `attach` would do: insertions in the model's order; `print` shows them as a table.
-
-    Attributes:
-        unanalysed (tuple[Unanalysed, ...]): blocks that may be residual but could not be
-            traced, so that they get no SimAM, each with the reason.
-    """
-
-    def __init__(
-        self, insertions: Iterable[Insertion], unanalysed: Iterable[Unanalysed] = ()
-    ) -> None:
-        super().__init__(insertions)
-        self.unanalysed = tuple(unanalysed)
-
-    def __str__(self) -> str:
-        rows = [("convolution", "", "block", "reason")]
-        rows += [(i.path, i.conv, i.block or "(model)", i.reason) for i in self]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        if self.unanalysed:
-            lines += ["", "Not analysed, so without SimAM:"]
-            lines += [f"  {u.block or '(model)'}  {u.reason}" for u in self.unanalysed]
-        return "\n".join(lines)
-
-
-def plan(
-    model: nn.Module, *, where: Selector | None = None, exclude: Selector | None = None
-) -> Plan:
-    """Show where `attach` would put SimAM, without touching or running the model.
-
-    SimAM goes where the authors put it, stated as a rule: after the last spatial (kernel > 1)
-    convolution of the residual branch of every residual block, before the norm that follows.
-
-    Args:
-        model (nn.Module): the network; it may be on the meta device.
-        where (str, iterable of str, or callable, optional): takes the place of the analysis.
-            Globs over the paths of the model's convolutions (`*` matches dots too), of which
-            each must match; or a predicate `(path, module) -> bool` over the convolutions.
-        exclude (str, iterable of str, or callable, optional): in the same form, convolutions
-            to leave out; also the path of a block that could not be analysed.
-
-    Returns:
-        Plan: a list of `Insertion(path, block, conv, reason)`, never empty.
-
-    Raises:
-        TypeError: model is not a module, or where or exclude has another form.
-        ValueError: the model has no residual block with a spatial convolution, or a selection
-            matches nothing.
-
-    Source:
-        Yang et al., ICML 2021, section 4, and the published networks.
-
-    Example:
-        >>> class Block(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.conv1, self.conv2 = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
-        ...     def forward(self, x):
-        ...         return x + self.conv2(self.conv1(x).relu())
-        >>> plan(nn.Sequential(Block(), Block()), exclude="1.*")[0].path
-        '0.conv2'
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
-    if isinstance(model, ScriptModule):
-        raise ValueError("a TorchScript module cannot be changed; plan and attach before scripting")
-    if where is not None:
-        convolutions = {n: m for n, m in model.named_modules() if is_convolution(m)}
-        chosen = _select(where, convolutions, "where", "the model's convolutions")
-        found = Plan(
-            Insertion(path, path.rpartition(".")[0], _describe(module), "selected by where=")
-            for path, module in convolutions.items()
-            if path in chosen
-        )
-    else:
-        points, unanalysed = find_points(model)
-        found = Plan(
-            (
-                Insertion(path, block, _describe(model.get_submodule(path)), reason)
-                for path, block, reason in points
-            ),
-            unanalysed,
-        )
-    if not found:
-        raise ValueError(_nothing_found(model, found.unanalysed))
-    if exclude is not None:
-        paths = [i.path for i in found] + [u.block for u in found.unanalysed]
-        left_out = _select(
-            exclude, {p: model.get_submodule(p) for p in paths}, "exclude", "the planned places"
-        )
-        unanalysed = [u for u in found.unanalysed if u.block not in left_out]
-        found = Plan((i for i in found if i.path not in left_out), unanalysed)
-        if not found:
-            raise ValueError(f"exclude={exclude!r} leaves out every place; nothing to attach")
-    return found
 
 
 def attach(
@@ -158,7 +43,8 @@ def attach(
         e_lambda (float): the regulariser lambda; see `simam.functional.simam`. The authors use
             0.1 on ImageNet and COCO.
         statistics (str): "shared" or "leave_one_out".
-        where, exclude: see `plan`.
+        where (str, iterable of str, or callable, optional): see `plan`.
+        exclude (str, iterable of str, or callable, optional): see `plan`.
 
     Returns:
         nn.Module: the model that was given.
@@ -170,7 +56,7 @@ def attach(
     Warns:
         UserWarning: a block that may be residual could not be analysed and gets no SimAM.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> attach(net, where="0", e_lambda=0.1)
         Sequential(
@@ -198,7 +84,8 @@ def attach(
             convolution.training
         )
         if not isinstance(convolution, _WithSimAM):
-            convolution.__class__ = _with_simam(type(convolution))
+            plain_class: Any = type(convolution)
+            convolution.__class__ = _with_simam(plain_class)
     return model
 
 
@@ -217,7 +104,7 @@ def detach(model: Model) -> Model:
         ValueError: a convolution with SimAM has changed its class since, as parametrizations
             do. The model is then as it was.
 
-    Example:
+    Examples:
         >>> detach(attach(nn.Sequential(nn.Conv2d(3, 8, 3)), where="0"))
         Sequential(
           (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
@@ -239,7 +126,7 @@ def detach(model: Model) -> Model:
 class _WithSimAM(nn.Module):
     """A convolution whose output passes through its child `simam`."""
 
-    plain_class: type[nn.Module]
+    plain_class: type
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Folding a batch norm into the convolution would move it before the SimAM. It shows in
@@ -253,17 +140,17 @@ class _WithSimAM(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class cannot be found by its name; that of the plain convolution can.
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _new, (self.plain_class,), *state
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _new, (self.plain_class,), *reduced[2:]
 
 
-def _new(plain_class: type[nn.Module]) -> nn.Module:
+def _new(plain_class: type) -> Any:
     kind = _with_simam(plain_class)
     return kind.__new__(kind)
 
 
 @cache
-def _with_simam(plain_class: type[nn.Module]) -> type[nn.Module]:
+def _with_simam(plain_class: Any) -> Any:
     plain_forward = plain_class.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -282,7 +169,8 @@ def _with_simam(plain_class: type[nn.Module]) -> type[nn.Module]:
 
 def _scriptable_forward(self: Any, input: Tensor) -> Tensor:
     # TorchScript knows neither super() nor variable arguments.
-    return self.simam(self._conv_forward(input, self.weight, self.bias))
+    output: Tensor = self.simam(self._conv_forward(input, self.weight, self.bias))
+    return output
 
 
 def _check_attachable(path: str, convolution: nn.Module) -> None:
@@ -291,60 +179,10 @@ def _check_attachable(path: str, convolution: nn.Module) -> None:
         problem = "is parametrized; attach before torch.nn.utils.parametrize, or remove it first"
     elif isinstance(convolution, ScriptModule):
         problem = "is a TorchScript module; attach before scripting"
-    elif any(isinstance(p, UninitializedTensorMixin) for p in convolution.parameters()):
+    elif any(map(is_lazy, convolution.parameters())):
         problem = "is lazy and not yet initialised; run the model once before"
     elif hasattr(convolution, "simam") and not isinstance(convolution, _WithSimAM):
         problem = "already has an attribute 'simam' of its own; rename it"
     else:
         return
     raise ValueError(f"cannot attach SimAM to {path}: this {kind.__name__} {problem}")
-
-
-def _select(
-    selector: Selector, modules: dict[str, nn.Module], argument: str, of_what: str
-) -> set[str]:
-    """The paths that a selector picks; an error if it, or a glob of it, picks none."""
-    if callable(selector):
-        chosen = {path for path, module in modules.items() if selector(path, module)}
-        if not chosen:
-            raise ValueError(f"{argument}={selector!r} selects none of {of_what}")
-        return chosen
-    globs = [selector] if isinstance(selector, str) else list(selector)
-    if not all(isinstance(glob, str) for glob in globs):
-        raise TypeError(
-            f"{argument} must be a glob, several globs, or a predicate (path, module) -> bool, "
-            f"got {selector!r}"
-        )
-    chosen = set()
-    for glob in globs:
-        matches = {path for path in modules if fnmatchcase(path, glob)}
-        if not matches:
-            raise ValueError(_unmatched(f"{argument}={glob!r}", glob, modules, of_what))
-        chosen |= matches
-    if not chosen:
-        raise ValueError(f"{argument}={selector!r} selects none of {of_what}")
-    return chosen
-
-
-def _unmatched(asked: str, glob: str, modules: Iterable[str], of_what: str) -> str:
-    close = get_close_matches(glob, modules, n=3, cutoff=0.4)
-    hint = f"; close to it: {', '.join(close)}" if close else ""
-    return f"{asked} matches none of {of_what}{hint}"
-
-
-def _nothing_found(model: nn.Module, unanalysed: Sequence[Unanalysed]) -> str:
-    lines = [
-        f"found no place for SimAM in this {type(model).__name__}: no residual block whose branch "
-        "holds a spatial (kernel > 1) convolution and a non-linearity. "
-        "Choose convolutions with where=, for example where='features.*'."
-    ]
-    lines += [f"Could not analyse {u.block or 'the model itself'}: {u.reason}" for u in unanalysed]
-    return "\n".join(lines)
-
-
-def _describe(convolution: nn.Module) -> str:
-    kind = type(convolution)
-    name = (convolution.plain_class if isinstance(convolution, _WithSimAM) else kind).__name__
-    size: Any = convolution.kernel_size
-    kernel = "x".join(map(str, size if isinstance(size, Iterable) else (size,)))
-    return f"{name} {kernel}"

@@ -9,16 +9,15 @@ from . import composite
 
 
 def simam(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> Tensor:
-    r"""Scale every neuron by how much it stands out from the rest of its channel.
+    """Scale every neuron by how much it stands out from the rest of its channel.
 
-    How well can a linear function :math:`w x + b` tell a neuron t, labelled +1, from the other
-    M - 1 neurons :math:`x_i` of its channel, labelled -1? SimAM asks it of every neuron: it
-    minimises the energy
+    How well can a linear function w x + b tell a neuron t, labelled +1, from the other M - 1
+    neurons x_i of its channel, labelled -1? SimAM asks it of every neuron: it minimises the
+    energy
 
-    .. math:: e_t(w, b) = \frac{1}{M-1} \sum_i (-1 - (w x_i + b))^2 + (1 - (w t + b))^2
-              + \lambda w^2
+        e(w, b) = mean_i (-1 - (w x_i + b))^2 + (1 - (w t + b))^2 + lambda w^2
 
-    in closed form, and multiplies the neuron by sigmoid(1 / e*) of the minimum e*: the lower
+    in closed form, and multiplies the neuron by `sigmoid(1 / e*)` of the minimum `e*`: the lower
     the energy, the more distinct the neuron. There are no parameters to learn. Channels and
     samples do not see each other, and the gate lies between sigmoid(1/2) = 0.622 and 1.
 
@@ -44,7 +43,7 @@ def simam(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> T
         as in the published networks, by M - 1. A channel of one neuron has variance 0, so its
         gate is sigmoid(1/2).
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[[0.0, 0.0, 0.0, 4.0]]])
         >>> simam(x)
         tensor([[[0.0000, 0.0000, 0.0000, 2.9727]]])
@@ -53,7 +52,7 @@ def simam(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> T
 
 
 def attention(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> Tensor:
-    """Show how much weight each neuron gets: the gate sigmoid(1 / e*) that `simam` applies.
+    """Show how much weight each neuron gets: the gate `sigmoid(1 / e*)` of `simam`.
 
     Args:
         x (Tensor[N, C, *spatial]): see `simam`, as for the other arguments.
@@ -69,7 +68,7 @@ def attention(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") 
     Source:
         Yang et al., ICML 2021, the factor in equation 6.
 
-    Example:
+    Examples:
         >>> attention(torch.tensor([[[0.0, 0.0, 0.0, 4.0]]]))
         tensor([[[0.6370, 0.6370, 0.6370, 0.7432]]])
     """
@@ -78,7 +77,7 @@ def attention(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") 
 
 
 def energy(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> Tensor:
-    """Measure how hard each neuron is to tell from its channel: the minimal energy e*.
+    """Measure how hard each neuron is to tell from its channel: the minimal energy `e*`.
 
     Args:
         x (Tensor[N, C, *spatial]): see `simam`, as for the other arguments.
@@ -95,7 +94,7 @@ def energy(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> 
     Source:
         Yang et al., ICML 2021, equation 5.
 
-    Example:
+    Examples:
         >>> energy(torch.tensor([[[0.0, 0.0, 0.0, 4.0]]]), statistics="leave_one_out")
         tensor([[[1.6000e+00, 1.6000e+00, 1.6000e+00, 2.5000e-05]]])
     """

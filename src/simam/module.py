@@ -19,7 +19,8 @@ class SimAM(nn.Module):
             the authors' module and timm pass it first.
         e_lambda (float): the regulariser lambda, in the squared units of the input.
         statistics (str): "shared" (the authors') or "leave_one_out" (the exact minimum).
-        device, dtype: ignored, since there are no parameters; timm passes them.
+        device (any): ignored, since there are no parameters; timm passes it.
+        dtype (any): likewise.
 
     Raises:
         TypeError: channels is not an integer, or e_lambda is not a number.
@@ -29,13 +30,17 @@ class SimAM(nn.Module):
     Source:
         Yang et al., ICML 2021; see `simam.functional.simam` for what differs.
 
-    Example:
+    Examples:
+        >>> import torch
         >>> layer = SimAM(64, e_lambda=0.1)
         >>> layer
         SimAM(e_lambda=0.1, statistics='shared')
         >>> layer(torch.ones(1, 64, 1, 1)).mean()
         tensor(0.6225)
     """
+
+    e_lambda: float
+    statistics: str
 
     def __init__(
         self,

@@ -1,0 +1,221 @@
+"""What depends on what inside a residual block, and which convolutions end its branch.
+
+- A residual add joins two tensors with a common ancestor. One operand alone, the branch,
+  reaches back to spatial convolutions (kernel > 1) through a non-linearity, without passing a
+  gate (what comes from a sigmoid or softmax, or from x itself, and multiplies x) or an
+  attention product.
+- The branch's last spatial convolutions are those that no other of its own depends on.
+"""
+
+import operator
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .tracing import Trace
+
+_ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_MULTIPLY = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+_SIZES = {"size", "dim", "numel", "shape", "ndim", "dtype", "device"}
+# What a gate may pass on its way from the sigmoid to the product; all take the tensor first.
+_RESHAPE = {
+    "contiguous", "expand", "expand_as", "getitem", "interpolate", "permute", "reshape", "rsub",
+    "sub", "to", "transpose", "type_as", "unsqueeze", "view", "view_as",
+}  # fmt: skip
+# Parts of the names of functions and modules, in lower case.
+_GATES = ("sigmoid", "softmax")
+_NONLINEAR = (*_GATES, "elu", "silu", "swish", "mish", "tanh", "softplus", "glu", "clamp")
+_ATTENTION = ("matmul", "bmm", "einsum", "attention")
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether the module is a convolution of torch's, or of anyone's that looks like one."""
+    return isinstance(module, nn.modules.conv._ConvNd) or all(
+        hasattr(module, name) for name in ("weight", "in_channels", "kernel_size", "groups")
+    )
+
+
+def holds_spatial_convolution(module: nn.Module) -> bool:
+    """Whether the module is or holds a convolution with a kernel > 1, not a transposed one."""
+    return any(map(_is_spatial, module.modules()))
+
+
+def _is_spatial(module: nn.Module) -> bool:
+    if not is_convolution(module) or getattr(module, "transposed", False):
+        return False
+    size: Any = module.kernel_size
+    return any(s > 1 for s in (size if isinstance(size, Iterable) else (size,)))
+
+
+class Flow:
+    """The flow of values through a block.
+
+    Raises:
+        Exception: the block cannot be traced.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.kind: Any = type(block)
+        self._modules = dict(block.named_modules())
+        self._holders = {n for n, m in self._modules.items() if holds_spatial_convolution(m)}
+        trace = Trace(block, is_convolution, lambda module: not holds_spatial_convolution(module))
+        self._opaque = trace.opaque
+        # Only what varies with the values of the input is here: no parameters, no sizes.
+        self._ancestors: dict[fx.Node, set[fx.Node]] = {}
+        self._sums: dict[fx.Node, list[fx.Node]] = {}
+        self._own_sums: list[fx.Node] = []
+        for node in trace.graph.nodes:
+            operands = self._operands(node)
+            if (not operands and node.op != "placeholder") or _is_size(node):
+                continue
+            self._ancestors[node] = {node}.union(*(self._ancestors[o] for o in operands))
+            if _operation(node) in _ADD and len(operands) > 1:
+                self._sums[node] = operands
+                if self._is_own(trace.owner[node]):
+                    self._own_sums.append(node)
+
+    def residual_branches(self) -> list[list[str]]:
+        """The last spatial convolutions of the branch of each residual add of the block's own."""
+        found = []
+        for node in self._own_sums:
+            operands = self._sums[node]
+            common = set.intersection(*(self._ancestors[operand] for operand in operands))
+            if not any(map(_may_be_tensor, common)) or self._is_of_a_cell(node):
+                continue
+            sides = [self._reach(operand, common) for operand in operands]
+            branches = [side for side in sides if self._is_branch(side)]
+            shortcuts = [side for side in sides if side not in branches]
+            if len(branches) == 1 and not any(map(self._gates, chain(*shortcuts))):
+                last = self._last(branches[0])
+                if not self._are_summed(last):
+                    found.append([str(convolution.target) for convolution in last])
+        return found
+
+    def last_convolutions(self) -> list[str]:
+        """The last spatial convolutions on the block's way from input to output, if non-linear."""
+        way = self._reach(next(reversed(self._ancestors)), set())
+        if not any(map(self._is_nonlinear, way)):
+            return []
+        return [str(node.target) for node in self._last(way)]
+
+    def is_deep(self) -> bool:
+        """Whether the block holds more than one convolution."""
+        return sum(map(is_convolution, self._modules.values())) > 1
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        return [i for i in node.all_input_nodes if i in self._ancestors]
+
+    def _is_own(self, owner: str) -> bool:
+        """Whether the block itself, or a part without spatial convolutions, is at work."""
+        while owner and owner not in self._holders:
+            owner = owner.rpartition(".")[0]
+        return not owner
+
+    def _reach(self, start: fx.Node, stop: set[fx.Node]) -> set[fx.Node]:
+        """The nodes before `stop` whose values, not gates or attention, make up the start's."""
+        reached: set[fx.Node] = set()
+        ahead = [start]
+        while ahead:
+            node = ahead.pop()
+            if node not in reached and node not in stop:
+                reached.add(node)
+                if not self._is_attention(node):
+                    gates = self._gates(node)
+                    ahead += [operand for operand in self._operands(node) if operand not in gates]
+        return reached
+
+    def _is_branch(self, side: set[fx.Node]) -> bool:
+        """Whether the side holds what to gate and is a function of the common ancestor alone."""
+        return (
+            any(map(self._is_spatial, side))
+            and any(map(self._is_nonlinear, side))
+            and not any(node.op == "placeholder" for node in side)
+        )
+
+    def _last(self, nodes: set[fx.Node]) -> list[fx.Node]:
+        spatial = [node for node in self._ancestors if node in nodes and self._is_spatial(node)]
+        return [
+            node
+            for node in spatial
+            if not any(node in self._ancestors[other] for other in spatial if other is not node)
+        ]
+
+    def _is_of_a_cell(self, node: fx.Node) -> bool:
+        """Whether the sum is concatenated with sums beside it, as in NASNet: no residual stream."""
+        joined = [user for user in node.users if _operation(user) in (torch.cat, torch.concat)]
+        return any(
+            other not in self._ancestors[node] and node not in self._ancestors[other]
+            for other in chain(*map(self._operands, joined))
+            if other in self._sums
+        )
+
+    def _are_summed(self, convolutions: list[fx.Node]) -> bool:
+        """Whether a sum joins them before any non-linearity, to be folded into one later."""
+        nonlinear = set(filter(self._is_nonlinear, self._ancestors))
+        for summands in self._sums.values():
+            sides = [self._reach(summand, nonlinear) for summand in summands]
+            joined = [side.intersection(convolutions) for side in sides]
+            if all(joined) and joined[0] != joined[1]:
+                return True
+        return False
+
+    def _is_spatial(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and _is_spatial(self._modules[str(node.target)])
+
+    def _is_nonlinear(self, node: fx.Node) -> bool:
+        name = self._name(node)
+        unknown = node in self._opaque and "drop" not in name
+        return unknown or any(part in name for part in _NONLINEAR) or bool(self._gates(node))
+
+    def _is_attention(self, node: fx.Node) -> bool:
+        name = self._name(node)
+        between_inputs = len(self._operands(node)) > 1
+        return "softmax" in name or (between_inputs and any(part in name for part in _ATTENTION))
+
+    def _gates(self, node: fx.Node) -> list[fx.Node]:
+        """The operands of a product that weight the other one."""
+        if _operation(node) not in _MULTIPLY:
+            return []
+        operands = self._operands(node)
+        return [
+            operand
+            for operand in operands
+            if self._is_gate(operand)
+            or any(other in self._ancestors[operand] for other in operands if other is not operand)
+        ]
+
+    def _is_gate(self, node: fx.Node) -> bool:
+        """Whether the node is a sigmoid or softmax, reshaped or taken from a constant at most."""
+        while not any(part in self._name(node) for part in _GATES):
+            operands = self._operands(node)
+            if self._name(node) not in _RESHAPE or not operands:
+                return False
+            node = operands[0]
+        return True
+
+    def _name(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return type(self._modules[str(node.target)]).__name__.lower()
+        if node.op == "call_function":
+            return str(getattr(node.target, "__name__", node.target)).lower()
+        return str(node.target) if node.op == "call_method" else ""
+
+
+def _operation(node: fx.Node) -> Any:
+    return node.target if node.op in ("call_function", "call_method") else None
+
+
+def _is_size(node: fx.Node) -> bool:
+    name = node.args[1] if node.target is getattr else node.target
+    return name in _SIZES and node.op in ("call_function", "call_method")
+
+
+def _may_be_tensor(node: fx.Node) -> bool:
+    """Not an input that is only ever indexed: the items of a list have nothing in common."""
+    if node.op != "placeholder" or not node.users:
+        return True
+    return not all(u.target is operator.getitem and isinstance(u.args[1], int) for u in node.users)

@@ -1,0 +1,174 @@
+"""torch.compile, torch.export, scripted and traced modules, at sizes they have not seen."""
+
+import os
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim, export
+
+from simam import SimAM
+from simam import functional as F
+
+STATISTICS = ("shared", "leave_one_out")
+
+both_statistics = pytest.mark.parametrize("statistics", STATISTICS)
+
+# torch deprecates TorchScript. People still ship scripted and traced models.
+torchscript = pytest.mark.filterwarnings(
+    r"ignore:`torch\.jit\.\w+` is deprecated:FutureWarning",
+    r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning",
+)
+
+
+class Block(nn.Module):
+    """A layer where it is used: after a convolution, before a norm."""
+
+    def __init__(self, statistics: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.attention = SimAM(4, 0.1, statistics=statistics)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.attention(self.conv(x)))
+
+
+@both_statistics
+def test_compile_takes_one_graph_for_every_size(statistics: str, device: torch.device) -> None:
+    torch._dynamo.reset()
+    layer = SimAM(e_lambda=0.1, statistics=statistics)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for shape in [(2, 3, 4, 5), (3, 2, 7, 6), (5, 4, 3, 2)]:
+        check(compiled, layer, normal(*shape).to(device))
+    assert counter.frame_count == 1
+    # torch compiles sizes of 1 anew.
+    check(compiled, layer, normal(2, 3, 1, 1).to(device))
+
+
+@both_statistics
+def test_compiled_functions(statistics: str, device: torch.device) -> None:
+    for function in (F.attention, F.energy):
+        torch._dynamo.reset()
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+        for shape in [(2, 3, 4), (2, 3, 7)]:
+            x = normal(*shape).to(device)
+            expected = function(x, 0.1, statistics=statistics)
+            torch.testing.assert_close(compiled(x, 0.1, statistics=statistics), expected)
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"])),
+    reason="the default backend needs a C++ compiler",
+)
+def test_compile_with_the_default_backend(device: torch.device) -> None:
+    torch._dynamo.reset()
+    layer = SimAM(e_lambda=0.1)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for shape in [(2, 3, 4, 5), (3, 2, 7, 6)]:
+        check(compiled, layer, normal(*shape).to(device))
+
+
+@both_statistics
+def test_export_with_dynamic_batch_and_size(statistics: str, device: torch.device) -> None:
+    layer = SimAM(e_lambda=0.1, statistics=statistics)
+    sizes = {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}
+    program = export(layer, (normal(2, 3, 4, 5).to(device),), dynamic_shapes=(sizes,))
+    for graph in (program.graph, program.run_decompositions().graph):
+        targets = [node.target for node in graph.nodes if node.op == "call_function"]
+        tensor_ops = [target for target in targets if isinstance(target, torch._ops.OpOverload)]
+        assert {op.namespace for op in tensor_ops} == {"aten"}
+        # What remains is the arithmetic of sizes.
+        assert {f.__module__ for f in set(targets) - set(tensor_ops)} <= {"_operator"}
+    for shape in [(1, 3, 4, 5), (3, 3, 7, 6), (2, 3, 1, 1), (1, 3, 1, 9)]:
+        x = normal(*shape).to(device)
+        torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@both_statistics
+def test_export_within_a_network(statistics: str) -> None:
+    network = Block(statistics).eval()
+    sizes = {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}
+    program = export(network, (normal(2, 3, 4, 5),), dynamic_shapes=(sizes,))
+    for shape in [(1, 3, 1, 1), (3, 3, 7, 6)]:
+        x = normal(*shape)
+        torch.testing.assert_close(program.module()(x), network(x))
+
+
+@torchscript
+@both_statistics
+@pytest.mark.parametrize("network", [lambda s: SimAM(3, 0.1, statistics=s), Block])
+def test_script(network: Callable[[str], nn.Module], statistics: str, device: torch.device) -> None:
+    network = network(statistics).to(device)
+    scripted = torch.jit.script(network)
+    for shape in [(2, 3, 4, 5), (3, 3, 7, 6), (2, 3, 1, 1)]:
+        check(scripted, network, normal(*shape).to(device))
+
+
+@torchscript
+@both_statistics
+def test_script_takes_every_rank_and_dtype(statistics: str, device: torch.device) -> None:
+    layer = SimAM(e_lambda=0.1, statistics=statistics)
+    scripted = torch.jit.script(layer)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for shape in [(2, 3, 4), (2, 3, 4, 5, 2), (2, 3, 1, 2, 3, 2), (0, 3, 4)]:
+            x = normal(*shape).to(device, dtype)
+            output = scripted(x)
+            assert output.dtype == dtype
+            torch.testing.assert_close(output, layer(x))
+
+
+@torchscript
+def test_script_refuses_what_the_layer_refuses() -> None:
+    scripted = torch.jit.script(SimAM())
+    for x, message in [
+        (torch.ones(4, 5), r"ValueError: x must have shape \(N, C, \*spatial\), got \[4, 5\]"),
+        (torch.ones(1, 2, 3, 0), "ValueError: x must have at least one position in each spatial"),
+        (torch.ones(1, 2, 3, dtype=torch.int64), "TypeError: x must be a floating-point tensor"),
+    ]:
+        with pytest.raises(torch.jit.Error, match=message):
+            scripted(x)
+
+
+@torchscript
+@both_statistics
+@pytest.mark.parametrize("network", [lambda s: SimAM(3, 0.1, statistics=s), Block])
+@pytest.mark.parametrize(
+    "seen",
+    [
+        (2, 3, 4, 5),
+        (2, 3, 1, 1),  # where a branch on M = 1 would be frozen
+    ],
+)
+def test_trace_generalises(
+    network: Callable[[str], nn.Module],
+    statistics: str,
+    seen: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    network = network(statistics).to(device).eval()
+    traced = torch.jit.trace(network, normal(*seen).to(device))
+    for shape in [(2, 3, 4, 5), (3, 3, 7, 6), (2, 3, 1, 1), (1, 3, 1, 9)]:
+        check(traced, network, normal(*shape).to(device))
+
+
+def check(transformed: nn.Module, module: nn.Module, x: Tensor) -> None:
+    """The same output, and the same gradient of a random cotangent."""
+    cotangent = None
+    results = []
+    for function in (module, transformed):
+        leaf = x.clone().requires_grad_()
+        output = function(leaf)
+        if cotangent is None:
+            cotangent = normal(*output.shape, seed=1).to(output)
+        (gradient,) = torch.autograd.grad(output, leaf, cotangent)
+        results.append((output.detach(), gradient))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
