@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .module import SimAM
-from .planning import Selector, plan
+from .planning import Selector, name_some, plan
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -73,10 +73,10 @@ def attach(
     for insertion, convolution in zip(planned, convolutions, strict=True):
         _check_attachable(insertion.path, convolution)
     if planned.unanalysed:
-        blocks = "; ".join(f"{u.block or '(model)'}: {u.reason}" for u in planned.unanalysed)
         warnings.warn(
-            f"could not analyse, so left without SimAM: {blocks}. "
-            "Choose convolutions with where=, or name the blocks in exclude= to accept this.",
+            "left without SimAM, since they could not be analysed: "
+            f"{name_some(planned.unanalysed)}. Choose convolutions with where=, or name the "
+            "blocks in exclude= to accept this.",
             stacklevel=2,
         )
     for convolution in convolutions:

@@ -46,11 +46,12 @@ def find_points(model: nn.Module) -> tuple[list[Point], list[Unanalysed]]:
                 unanalysed.append(Unanalysed(path, f"{type(block).__name__}, {summary}"))
 
     points: dict[str, Point] = {}
+    paths = {module: path for path, module in model.named_modules()}  # of a shared one, the first
 
     def add(path: str, convolutions: list[str], what: str) -> None:
         parallel = f" (1 of {len(convolutions)} in parallel)" if len(convolutions) > 1 else ""
         for convolution in convolutions:
-            full = f"{path}.{convolution}" if path else convolution
+            full = paths[model.get_submodule(f"{path}.{convolution}" if path else convolution)]
             points[full] = Point(full, path, f"last spatial convolution{parallel} of {what}")
 
     branches = {path: flow.residual_branches() for path, flow in flows.items()}
@@ -65,8 +66,7 @@ def find_points(model: nn.Module) -> tuple[list[Point], list[Unanalysed]]:
     # The trouble of a container is not that of the residual blocks that were found in it.
     containers = {path[:i] for path in points for i, c in enumerate(path) if c == "."}
     unanalysed = [u for u in unanalysed if u.block not in containers and (u.block or not points)]
-    order = {path: position for position, (path, _) in enumerate(model.named_modules())}
-    return sorted(points.values(), key=lambda point: order[point.path]), unanalysed
+    return [points[path] for path in paths.values() if path in points], unanalysed
 
 
 def _is_skipless(flow: Flow) -> bool:

@@ -125,10 +125,22 @@ def plan(
     return found
 
 
+def name_some(unanalysed: Sequence[Unanalysed]) -> str:
+    """The first blocks that could not be analysed, each with the reason, and how many more."""
+    named = [f"{u.block or 'the model itself'} ({u.reason})" for u in unanalysed[:3]]
+    more = [f"{len(unanalysed) - 3} more"] if len(unanalysed) > 3 else []
+    return ", ".join(named + more)
+
+
 def _select(
     selector: Selector, modules: dict[str, nn.Module], argument: str, of_what: str
 ) -> set[str]:
     """The paths that a selector picks; an error if it, or a glob of it, picks none."""
+    form = f"{argument} must be a glob, several globs, or a predicate (path, module) -> bool"
+    if isinstance(selector, nn.Module) or not (
+        callable(selector) or isinstance(selector, Iterable)
+    ):
+        raise TypeError(f"{form}, got {selector!r}")
     if callable(selector):
         chosen = {path for path, module in modules.items() if selector(path, module)}
         if not chosen:
@@ -136,10 +148,7 @@ def _select(
         return chosen
     globs = [selector] if isinstance(selector, str) else list(selector)
     if not all(isinstance(glob, str) for glob in globs):
-        raise TypeError(
-            f"{argument} must be a glob, several globs, or a predicate (path, module) -> bool, "
-            f"got {selector!r}"
-        )
+        raise TypeError(f"{form}, got {selector!r}")
     chosen = set()
     for glob in globs:
         matches = {path for path in modules if fnmatchcase(path, glob)}
@@ -158,13 +167,12 @@ def _unmatched(asked: str, glob: str, modules: Iterable[str], of_what: str) -> s
 
 
 def _nothing_found(model: nn.Module, unanalysed: Sequence[Unanalysed]) -> str:
-    lines = [
+    message = (
         f"found no place for SimAM in this {type(model).__name__}: no residual block whose branch "
         "holds a spatial (kernel > 1) convolution and a non-linearity. "
         "Choose convolutions with where=, for example where='features.*'."
-    ]
-    lines += [f"Could not analyse {u.block or 'the model itself'}: {u.reason}" for u in unanalysed]
-    return "\n".join(lines)
+    )
+    return f"{message} Could not analyse {name_some(unanalysed)}." if unanalysed else message
 
 
 def _describe(convolution: nn.Module) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 _ATTEMPTS = 8
 
@@ -52,14 +54,20 @@ class Trace:
 
 
 def _skeleton(block: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, without hooks, that shares the tensors: free to be run."""
+    """A copy in evaluation mode, without hooks or values in its tensors: free to be run."""
     tensors = chain(block.parameters(), block.buffers())
-    clone = copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
+    clone = copy.deepcopy(block, {id(t): t if is_lazy(t) else _without_values(t) for t in tensors})
     clone.eval()
     for module in clone.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return clone
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    is_parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
 
 
 class _Tracer(fx.Tracer):

@@ -1,0 +1,229 @@
+"""The command `simam`, also `python -m simam`."""
+
+import argparse
+import json
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import NoReturn
+
+from . import __version__
+from .module import SimAM
+from .report import Progress, Report, measure
+from .zoo import UserError, build, by
+
+_WIDTH = 96
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. A mistake of the user's is one message on stderr.
+
+    Args:
+        argv (sequence of str, optional): the arguments; by default those of the process.
+
+    Returns:
+        int: the exit status: 0, 2 for a mistake, 130 if interrupted.
+    """
+    parser = _parser()
+    try:
+        options = parser.parse_args(argv)
+        if "run" not in options:
+            parser.print_help()
+            return 0
+        with warnings.catch_warnings():
+            # They are about the libraries' own code, or the report says the same.
+            warnings.simplefilter("ignore")
+            options.run(options)
+    except UserError as error:
+        print(f"simam: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _report(options: argparse.Namespace) -> None:
+    with _progress() as progress:
+        progress(f"building {options.model}", 0, 1)
+        subject = build(options.model, options.weights)
+        report = measure(
+            subject,
+            subject.shape(options.batch, options.input_size),
+            e_lambda=options.e_lambda,
+            statistics=options.statistics,
+            where=options.where,
+            exclude=options.exclude,
+            repeats=options.repeats,
+            progress=progress,
+        )
+    print(json.dumps(asdict(report)) if options.json else _text(report))
+
+
+def _text(report: Report) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    form = {"batch": "", "list": " as a list of images", "pair": " and another of that shape"}
+    lines = [
+        f"{report.model} of {report.library} with SimAM(e_lambda={report.e_lambda:g}, "
+        f"statistics={report.statistics!r})",
+        f"input {by(report.input_shape)}{form[report.takes]}; {report.weights or 'random'} weights",
+        f"{versions}; {report.threads} threads",
+        "",
+    ]
+    rows = [("SimAM after", "convolution", "output")]
+    for place in report.insertions:
+        shape = by(place.shape) if place.shape else "not used in this forward pass"
+        calls = f", {place.calls} calls" if place.calls > 1 else ""
+        rows.append((place.path, place.conv, shape + calls))
+    lines += _columns(rows, "<<<")
+    if report.unanalysed:
+        lines += ["", "Not analysed, so without SimAM:"]
+        for block in report.unanalysed:
+            text = f"  {block['block'] or '(model)'}: {block['reason']}"
+            lines += textwrap.wrap(text, width=_WIDTH, subsequent_indent="    ")
+
+    times, ratio = report.forward_ms, report.ratio
+    middle = [times["before_quartiles"], times["after_quartiles"]]
+    costs: list[tuple[str, ...]] = [
+        ("", "before", "after", "ratio"),
+        ("parameters", *_change(report.parameters, "M", 1e6)),
+        ("multiply-adds", *_change(report.multiply_adds, "G", 1e9)),
+        ("time", f"{times['before']:.1f} ms", f"{times['after']:.1f} ms", f"{ratio:.2f}"),
+    ]
+    if report.repeats > 1:
+        costs += [("  middle half", *map(_range, middle), _range(report.ratio_quartiles, ".2f"))]
+    lines += ["", *_columns(costs, "<>>>"), ""]
+    pairs = "1 pair" if report.repeats == 1 else f"{report.repeats} pairs"
+    notes = [
+        f"Time: medians over {pairs} of forward passes, before and after in turns; the ratio is "
+        "the median of the pairs' ratios.",
+        "Multiply-adds: convolutions, matrix products, and 2 for every element that a batch norm "
+        "normalises, as the paper counts. Other elementwise work is left out, SimAM's too: it "
+        f"scales {_count(report.elements)} values in a pass.",
+    ]
+    if len(set(report.multiply_adds.values())) > 1:
+        notes += ["They differ where a model's work depends on values, as on the regions it found."]
+    return "\n".join([*lines, *textwrap.wrap(" ".join(notes), width=_WIDTH)])
+
+
+def _columns(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "   ".join(f"{{:{a}{w}}}" for a, w in zip(alignments, widths, strict=True))
+    return [form.format(*row).rstrip() for row in rows]
+
+
+def _change(numbers: dict[str, int], unit: str, size: float) -> tuple[str, str, str]:
+    before, after = numbers["before"], numbers["after"]
+    return f"{before / size:.2f} {unit}", f"{after / size:.2f} {unit}", f"{after / before:.2f}"
+
+
+def _range(ends: Iterable[float], form: str = ".1f") -> str:
+    return " to ".join(format(end, form) for end in ends)
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.2f} M" if number >= 10_000 else str(number)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Shows how far the report is, on stderr if that is a terminal."""
+    try:
+        from tqdm import tqdm
+    except ImportError:  # it comes with the extra of the models, and nothing depends on it
+        yield lambda stage, done, total: None
+        return
+    with tqdm(total=1, disable=None, leave=False, bar_format="{desc} {bar} {n}/{total}") as bar:
+
+        def show(stage: str, done: int, total: int) -> None:
+            bar.set_description_str(stage, refresh=False)
+            bar.n, bar.total = done, total
+            bar.refresh()
+
+        yield show
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="simam", description="SimAM: attention without parameters.")
+    parser.add_argument("--version", action="version", version=f"simam {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    report = commands.add_parser(
+        "report",
+        help="show what SimAM does to a model",
+        description="Show where SimAM goes in a model of torchvision or timm, and compare "
+        "parameters, multiply-adds and forward time before and after. Nothing is downloaded.",
+    )
+    report.set_defaults(run=_report)
+    add = report.add_argument
+    add(
+        "model",
+        nargs="?",
+        default="resnet18",
+        metavar="MODEL",
+        help="NAME, torchvision/NAME or timm/NAME; a bare NAME is torchvision's if it has one, "
+        "else timm's (default: resnet18)",
+    )
+    add("--weights", metavar="FILE", help="state dict to load: .pt, .pth or .safetensors")
+    add(
+        "--e-lambda",
+        type=_e_lambda,
+        default=1e-4,
+        metavar="X",
+        help="the regulariser of SimAM; 0.1 for ImageNet (default: 0.0001)",
+    )
+    add(
+        "--statistics",
+        choices=("shared", "leave_one_out"),
+        default="shared",
+        help="statistics of a channel: the authors' or the exact ones (default: shared)",
+    )
+    add(
+        "--where",
+        nargs="+",
+        action="extend",
+        metavar="GLOB",
+        help="put SimAM after the convolutions whose paths match",
+    )
+    add("--exclude", nargs="+", action="extend", metavar="GLOB", help="leave these places out")
+    add(
+        "--input-size",
+        nargs="+",
+        type=_positive,
+        metavar="N",
+        help="height and width as one number, or the whole C H W (C T H W for video)",
+    )
+    add("--batch", type=_positive, default=1, metavar="N", help="samples at once (default: 1)")
+    add(
+        "--repeats",
+        type=_positive,
+        metavar="N",
+        help="pairs of forward passes to time (default: 8 seconds of them)",
+    )
+    add("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.lstrip("+-").isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return number
+
+
+def _e_lambda(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    try:
+        return SimAM(e_lambda=number).e_lambda
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
