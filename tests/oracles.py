@@ -65,9 +65,7 @@ def minimiser(channel: list[float], index: int, e_lambda: float) -> tuple[Fracti
     return w, -(t + centre) * w / 2
 
 
-def brute_force(
-    channel: list[float], index: int, e_lambda: float
-) -> tuple[float, float, float]:
+def brute_force(channel: list[float], index: int, e_lambda: float) -> tuple[float, float, float]:
     """The (w, b) that minimises a neuron's energy and the minimum, by least squares.
 
     The origin and the units are free, since b absorbs the one and w and lambda the other. Taken

@@ -100,7 +100,9 @@ def test_timm(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:The default weight initialization of:FutureWarning")
 @pytest.mark.parametrize(
     "name",
-    sampled(POINTS["none"], {n for n in POINTS["none"] if n.startswith("torchvision")} | NONE_SAMPLE),
+    sampled(
+        POINTS["none"], {n for n in POINTS["none"] if n.startswith("torchvision")} | NONE_SAMPLE
+    ),
 )
 def test_refused(name: str) -> None:
     model = build(*name.split("/"))

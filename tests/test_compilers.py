@@ -17,8 +17,9 @@ STATISTICS = ("shared", "leave_one_out")
 
 both_statistics = pytest.mark.parametrize("statistics", STATISTICS)
 
-# torch deprecates TorchScript. People still ship scripted and traced models.
-torchscript = pytest.mark.filterwarnings(
+# torch deprecates TorchScript, while people still ship scripted and traced models, and its own
+# compiler still imports scripted functions.
+pytestmark = pytest.mark.filterwarnings(
     r"ignore:`torch\.jit\.\w+` is deprecated:FutureWarning",
     r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning",
 )
@@ -50,6 +51,23 @@ def test_compile_takes_one_graph_for_every_size(statistics: str, device: torch.d
     check(compiled, layer, normal(2, 3, 1, 1).to(device))
 
 
+def test_compile_takes_lambda_as_an_input(device: torch.device) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(F.simam, backend="aot_eager", fullgraph=True, dynamic=True)
+    x = normal(2, 3, 4, 5).to(device)
+    for e_lambda in (0.1, 0.2, 10.0):
+        torch.testing.assert_close(compiled(x, e_lambda), F.simam(x, e_lambda))
+
+
+def test_symbolic_trace_keeps_the_layer_as_one_node(device: torch.device) -> None:
+    block = Block("leave_one_out").to(device)
+    traced = torch.fx.symbolic_trace(block)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called == [F.scale]
+    x = normal(2, 3, 5, 6).to(device)
+    assert torch.equal(traced(x), block(x))
+
+
 @both_statistics
 def test_compiled_functions(statistics: str, device: torch.device) -> None:
     for function in (F.attention, F.energy):
@@ -78,12 +96,11 @@ def test_export_with_dynamic_batch_and_size(statistics: str, device: torch.devic
     layer = SimAM(e_lambda=0.1, statistics=statistics)
     sizes = {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}
     program = export(layer, (normal(2, 3, 4, 5).to(device),), dynamic_shapes=(sizes,))
-    for graph in (program.graph, program.run_decompositions().graph):
-        targets = [node.target for node in graph.nodes if node.op == "call_function"]
-        tensor_ops = [target for target in targets if isinstance(target, torch._ops.OpOverload)]
-        assert {op.namespace for op in tensor_ops} == {"aten"}
-        # What remains is the arithmetic of sizes.
-        assert {f.__module__ for f in set(targets) - set(tensor_ops)} <= {"_operator"}
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    ops = {target for target in targets if isinstance(target, torch._ops.OpOverload)}
+    assert {op.namespace for op in ops} == {"aten"}
+    # What remains is the arithmetic of sizes.
+    assert {function.__module__ for function in targets - ops} == {"_operator"}
     for shape in [(1, 3, 4, 5), (3, 3, 7, 6), (2, 3, 1, 1), (1, 3, 1, 9)]:
         x = normal(*shape).to(device)
         torch.testing.assert_close(program.module()(x), layer(x))
@@ -99,7 +116,6 @@ def test_export_within_a_network(statistics: str) -> None:
         torch.testing.assert_close(program.module()(x), network(x))
 
 
-@torchscript
 @both_statistics
 @pytest.mark.parametrize("network", [lambda s: SimAM(3, 0.1, statistics=s), Block])
 def test_script(network: Callable[[str], nn.Module], statistics: str, device: torch.device) -> None:
@@ -109,7 +125,6 @@ def test_script(network: Callable[[str], nn.Module], statistics: str, device: to
         check(scripted, network, normal(*shape).to(device))
 
 
-@torchscript
 @both_statistics
 def test_script_takes_every_rank_and_dtype(statistics: str, device: torch.device) -> None:
     layer = SimAM(e_lambda=0.1, statistics=statistics)
@@ -122,7 +137,6 @@ def test_script_takes_every_rank_and_dtype(statistics: str, device: torch.device
             torch.testing.assert_close(output, layer(x))
 
 
-@torchscript
 def test_script_refuses_what_the_layer_refuses() -> None:
     scripted = torch.jit.script(SimAM())
     for x, message in [
@@ -134,7 +148,6 @@ def test_script_refuses_what_the_layer_refuses() -> None:
             scripted(x)
 
 
-@torchscript
 @both_statistics
 @pytest.mark.parametrize("network", [lambda s: SimAM(3, 0.1, statistics=s), Block])
 @pytest.mark.parametrize(

@@ -119,9 +119,7 @@ def test_input_is_left_alone(function: Callable[..., Tensor], device: torch.devi
 
 
 @every_function
-@pytest.mark.parametrize(
-    "x", [[[[0.0, 1.0]]], np.zeros((1, 2, 3, 4), dtype=np.float32), 1.0, None]
-)
+@pytest.mark.parametrize("x", [[[[0.0, 1.0]]], np.zeros((1, 2, 3, 4), dtype=np.float32), 1.0, None])
 def test_refuses_what_is_no_tensor(function: Callable[..., Tensor], x: object) -> None:
     message = f"x must be a torch.Tensor, got {type(x).__name__}"
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
@@ -129,9 +127,7 @@ def test_refuses_what_is_no_tensor(function: Callable[..., Tensor], x: object) -
 
 
 @every_function
-@pytest.mark.parametrize(
-    "dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
 def test_refuses_dtypes_without_a_fraction(
     function: Callable[..., Tensor], dtype: torch.dtype
 ) -> None:
@@ -177,6 +173,16 @@ def test_refuses_lambda(function: Callable[..., Tensor], e_lambda: float) -> Non
         "the authors use 1e-4 (CIFAR) and 0.1 (ImageNet)"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        function(torch.ones(1, 2, 3, 4), e_lambda)
+
+
+@every_function
+@pytest.mark.parametrize("e_lambda", ["0.1", None, True, [0.1], 1j])
+def test_refuses_lambda_that_is_no_number(
+    function: Callable[..., Tensor], e_lambda: object
+) -> None:
+    message = f"e_lambda must be a number, got {e_lambda!r}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         function(torch.ones(1, 2, 3, 4), e_lambda)
 
 

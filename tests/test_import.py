@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,9 +22,10 @@ def test_import_brings_nothing_optional() -> None:
 
 
 @pytest.mark.parametrize("package", OPTIONAL)
-def test_an_optional_import_is_seen(package: str, tmp_path, monkeypatch) -> None:
+def test_an_optional_import_is_seen(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # A stand-in, so that the check does not hang on what is installed.
     (tmp_path / f"{package}.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert brought_by(f"import {package}") == {package}

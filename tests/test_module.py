@@ -5,6 +5,7 @@ import inspect
 import math
 import pickle
 import re
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -74,8 +75,10 @@ def test_holds_no_state() -> None:
     assert attentive.load_state_dict(plain.state_dict()) == ([], [])
 
 
-@pytest.mark.parametrize("restore", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-def test_deepcopy_and_pickle(restore: type) -> None:
+@pytest.mark.parametrize(
+    "restore", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))]
+)
+def test_deepcopy_and_pickle(restore: Callable[[SimAM], SimAM]) -> None:
     layer = SimAM(64, 0.1, statistics="leave_one_out")
     restored = restore(layer)
     x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
@@ -129,7 +132,9 @@ def test_refuses_statistics_at_construction() -> None:
 
 
 def test_refuses_input_as_the_function_does() -> None:
-    with pytest.raises(ValueError, match=re.escape("x must have shape (N, C, *spatial), got [4, 5]")):
+    with pytest.raises(
+        ValueError, match=re.escape("x must have shape (N, C, *spatial), got [4, 5]")
+    ):
         SimAM()(torch.ones(4, 5))
 
 

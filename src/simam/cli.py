@@ -66,10 +66,10 @@ def _text(report: Report) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     form = {"batch": "", "list": " as a list of images", "pair": " and another of that shape"}
     lines = [
-        f"{report.model} of {report.library} with SimAM(e_lambda={report.e_lambda:g}, "
-        f"statistics={report.statistics!r})",
-        f"input {by(report.input_shape)}{form[report.takes]}; {report.weights or 'random'} weights",
-        f"{versions}; {report.threads} threads",
+        f"{report.model} of {report.library}, weights: {report.weights or 'random'}",
+        f"SimAM(e_lambda={report.e_lambda:g}, statistics={report.statistics!r}); "
+        f"input {by(report.input_shape)}{form[report.takes]}",
+        f"{versions}; {report.threads} thread{'s' if report.threads > 1 else ''}",
         "",
     ]
     rows = [("SimAM after", "convolution", "output")]

@@ -72,8 +72,10 @@ def _inverse_energy(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
 def _leave_one_out(d: Tensor, total: Tensor, positions: int, others: int) -> tuple[Tensor, Tensor]:
     """t - mu_t and s_t^2 over the other neurons of the channel."""
     shift = d * positions / others
+    rest = total - d * shift
     # Where one neuron holds nearly all of S the difference cancels, to below zero by rounding.
-    return shift, (total - d * shift).clamp_min(0) / others
+    # A clamp would take the derivatives along.
+    return shift, (rest - rest.clamp_max(0).detach()) / others
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """SimAM as functions: what is computed, and which input is refused."""
 
 import math
+from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from . import composite
 
@@ -34,7 +35,7 @@ def simam(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> T
         Tensor[N, C, *spatial]: same shape, dtype and, for a dense x, strides.
 
     Raises:
-        TypeError: x is not a floating-point tensor.
+        TypeError: x is not a floating-point tensor, or e_lambda is not a number.
         ValueError: x has fewer than three dimensions or a spatial size of 0, e_lambda is not
             positive and finite, or statistics is unknown.
 
@@ -48,6 +49,7 @@ def simam(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> T
         >>> simam(x)
         tensor([[[0.0000, 0.0000, 0.0000, 2.9727]]])
     """
+    check_number(e_lambda)
     return scale(x, e_lambda, statistics)
 
 
@@ -72,6 +74,7 @@ def attention(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") 
         >>> attention(torch.tensor([[[0.0, 0.0, 0.0, 4.0]]]))
         tensor([[[0.6370, 0.6370, 0.6370, 0.7432]]])
     """
+    check_number(e_lambda)
     _check(x, e_lambda, statistics)
     return composite.attention(x, e_lambda, statistics)
 
@@ -98,14 +101,22 @@ def energy(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> 
         >>> energy(torch.tensor([[[0.0, 0.0, 0.0, 4.0]]]), statistics="leave_one_out")
         tensor([[[1.6000e+00, 1.6000e+00, 1.6000e+00, 2.5000e-05]]])
     """
+    check_number(e_lambda)
     _check(x, e_lambda, statistics)
     return composite.energy(x, e_lambda, statistics)
 
 
+@fx.wrap  # one node in a traced graph: the checks need a tensor
 def scale(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     """`simam` for TorchScript, which knows no keyword-only arguments."""
     _check(x, e_lambda, statistics)
     return composite.forward(x, e_lambda, statistics)
+
+
+def check_number(e_lambda: object) -> None:
+    """Refuse a lambda of another type, which TorchScript does by itself."""
+    if isinstance(e_lambda, bool) or not isinstance(e_lambda, Real | torch.SymFloat):
+        raise TypeError(f"e_lambda must be a number, got {e_lambda!r}")
 
 
 def check_options(e_lambda: float, statistics: str) -> None:

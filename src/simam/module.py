@@ -1,6 +1,6 @@
 """SimAM as a layer."""
 
-from numbers import Real
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,15 +52,16 @@ class SimAM(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if channels is not None and (not isinstance(channels, int) or isinstance(channels, bool)):
-            raise TypeError(
-                f"channels must be an integer or None, got {channels!r}; "
-                f"for the regulariser write SimAM(e_lambda={channels!r})"
-            )
-        if channels is not None and channels < 0:
-            raise ValueError(f"channels must not be negative, got {channels}")
-        if not isinstance(e_lambda, Real) or isinstance(e_lambda, bool):
-            raise TypeError(f"e_lambda must be a number, got {e_lambda!r}")
+        if channels is not None:
+            if isinstance(channels, bool) or not isinstance(channels, Integral):
+                hint = f"; for the regulariser write SimAM(e_lambda={channels!r})"
+                is_float = isinstance(channels, float)
+                raise TypeError(
+                    f"channels must be an integer or None, got {channels!r}{hint * is_float}"
+                )
+            if channels < 0:
+                raise ValueError(f"channels must not be negative, got {channels}")
+        F.check_number(e_lambda)
         F.check_options(float(e_lambda), statistics)
         self.e_lambda = float(e_lambda)
         self.statistics = statistics

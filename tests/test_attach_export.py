@@ -1,0 +1,88 @@
+"""Attached networks through torch.export and ONNX, at batches and sizes they have not seen."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from by_hand import PLACES, example, plain
+from torch import Tensor, nn
+from torch.export import Dim
+
+from simam import attach
+
+# A detector branches on its proposals, with or without SimAM.
+NETWORKS = [name for name in PLACES if "rcnn" not in name]
+QUICK = {"torchvision/resnet18", "torchvision/r3d_18", "timm/tf_mobilenetv3_small_minimal_100"}
+# They compute a padding for every size, at which torch.export works for minutes.
+SIZE_IS_FIXED = {name for name in PLACES if name.startswith("timm/tf_")}
+# timm takes the batch for the groups of a convolution, which ONNX must know.
+BATCH_IS_FIXED = {"timm/tf_efficientnet_cc_b0_4e"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    # Threads that wait for each other at every layer are slower than one on a busy machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def networks() -> list[object]:
+    """Test cases; those that take longer run with -m sweep alone."""
+    return [pytest.param(n, marks=[] if n in QUICK else pytest.mark.sweep) for n in NETWORKS]
+
+
+def attached(name: str) -> nn.Module:
+    return attach(plain(name).eval(), e_lambda=0.1)
+
+
+def dynamic(x: Tensor, name: str) -> dict[int, object]:
+    dims = [0] if name in SIZE_IS_FIXED else [0, x.dim() - 2, x.dim() - 1]
+    return dict.fromkeys(dims, Dim.DYNAMIC)
+
+
+def unseen(x: Tensor, name: str) -> Tensor:
+    size = x.shape[2:] if name in SIZE_IS_FIXED else (*x.shape[2:-2], 64, 96)
+    return torch.randn((3, 3, *size), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("name", networks())
+def test_export(name: str) -> None:
+    model, x = attached(name), example(name)
+    exported = torch.export.export(model, (x,), dynamic_shapes=(dynamic(x, name),)).module()
+    with torch.no_grad():
+        for images in (x, unseen(x, name)):
+            torch.testing.assert_close(exported(images), model(images))
+
+
+@pytest.mark.parametrize("name", networks())
+def test_onnx(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="torch.onnx.export is written in it")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="runs the exported network")
+    model, x = attached(name), example(name)
+    batch_is_fixed = name in BATCH_IS_FIXED
+    shapes = None if batch_is_fixed else (dynamic(x, name),)
+    path = tmp_path / "network.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for images in (x,) if batch_is_fixed else (x, unseen(x, name)):
+        (output,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        with torch.no_grad():
+            expected = model(images)
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(torch.from_numpy(output), expected, rtol=0, atol=1e-4 * scale)
+
+
+def test_onnx_holds_the_layers(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="reads the exported network")
+    pytest.importorskip("onnxscript", reason="torch.onnx.export is written in it")
+    counts = []
+    for network in (plain("torchvision/resnet18"), attached("torchvision/resnet18")):
+        path = tmp_path / "network.onnx"
+        x = example("torchvision/resnet18")
+        torch.onnx.export(network.eval(), (x,), path, dynamo=True, verbose=False)
+        counts.append(sum(node.op_type == "Sigmoid" for node in onnx.load(path).graph.node))
+    assert counts == [0, 8]

@@ -1,0 +1,43 @@
+"""Residual blocks just large enough to show a rule."""
+
+from collections.abc import Callable
+
+import pytest
+from torch import Tensor, nn
+
+from simam import plan
+
+
+class Block(nn.Module):
+    """Two spatial convolutions and what else it is given."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in {"conv1": conv(), "conv2": conv(), **parts}.items():
+            self.add_module(name, part)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x).relu())
+
+
+def block(forward: Callable[..., object]) -> type[Block]:
+    """A class of blocks with this forward."""
+    return type(forward.__name__, (Block,), {"forward": forward, "__module__": __name__})
+
+
+def conv(kernel: int = 3, channels: int = 8, **options: object) -> nn.Conv2d:
+    return nn.Conv2d(channels, 8, kernel, padding=kernel // 2, **options)
+
+
+@block
+def basic(self, x):
+    return (x + self.branch(x)).relu()
+
+
+def points(model: nn.Module) -> list[str]:
+    return [insertion.path for insertion in plan(model)]
+
+
+def assert_refused(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"^found no place for SimAM"):
+        plan(model)
