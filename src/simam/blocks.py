@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .flow import Flow, holds_spatial_convolution, is_convolution
+from .tracing import traces
 
 
 class Point(NamedTuple):
@@ -40,7 +41,7 @@ def find_points(model: nn.Module) -> tuple[list[Point], list[Unanalysed]]:
     for path, block in model.named_modules():
         if _may_be_residual(block):
             try:
-                flows[path] = Flow(block)
+                flows[path] = _analyse(block)
             except Exception as error:  # the block's own code, run on symbols, may raise anything
                 summary = textwrap.shorten(f"{type(error).__name__}: {error}", 100)
                 unanalysed.append(Unanalysed(path, f"{type(block).__name__}, {summary}"))
@@ -67,6 +68,17 @@ def find_points(model: nn.Module) -> tuple[list[Point], list[Unanalysed]]:
     containers = {path[:i] for path in points for i, c in enumerate(path) if c == "."}
     unanalysed = [u for u in unanalysed if u.block not in containers and (u.block or not points)]
     return [points[path] for path in paths.values() if path in points], unanalysed
+
+
+def _analyse(block: nn.Module) -> Flow:
+    """The first way through the block that is residual, or else the first."""
+    ways = traces(block, is_convolution, lambda module: not holds_spatial_convolution(module))
+    flows = []
+    for trace in ways:
+        flows.append(Flow(block, trace))
+        if flows[-1].residual_branches():
+            return flows[-1]
+    return flows[0]
 
 
 def _is_skipless(flow: Flow) -> bool:

@@ -207,7 +207,11 @@ def _parser() -> _Parser:
         metavar="N",
         help="pairs of forward passes to time (default: 8 seconds of them)",
     )
-    add("--json", action="store_true", help="print one JSON object")
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object; simam.report.Report documents its keys",
+    )
     return parser
 
 

@@ -27,7 +27,10 @@ _RESHAPE = {
 }  # fmt: skip
 # Parts of the names of functions and modules, in lower case.
 _GATES = ("sigmoid", "softmax")
-_NONLINEAR = (*_GATES, "elu", "silu", "swish", "mish", "tanh", "softplus", "glu", "clamp")
+_NONLINEAR = (
+    *_GATES, "clamp", "elu", "glu", "mish", "shrink", "silu", "softplus", "softsign", "swish",
+    "tanh", "threshold",
+)  # fmt: skip
 _ATTENTION = ("matmul", "bmm", "einsum", "attention")
 
 
@@ -51,18 +54,13 @@ def _is_spatial(module: nn.Module) -> bool:
 
 
 class Flow:
-    """The flow of values through a block.
+    """The flow of values through a block, along one way through its conditions."""
 
-    Raises:
-        Exception: the block cannot be traced.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, trace: Trace) -> None:
         self.block = block
         self.kind: Any = type(block)
         self._modules = dict(block.named_modules())
         self._holders = {n for n, m in self._modules.items() if holds_spatial_convolution(m)}
-        trace = Trace(block, is_convolution, lambda module: not holds_spatial_convolution(module))
         self._opaque = trace.opaque
         # Only what varies with the values of the input is here: no parameters, no sizes.
         self._ancestors: dict[fx.Node, set[fx.Node]] = {}

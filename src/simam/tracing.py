@@ -3,9 +3,9 @@
 import copy
 import inspect
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,42 +14,53 @@ from torch.nn.parameter import is_lazy
 _ATTEMPTS = 8
 
 
-class Trace:
-    """The graph of a block, where each node was made, and which modules were kept whole.
+class Trace(NamedTuple):
+    """One way through a block.
 
-    Every module is looked into but torch's own and those that `is_leaf` names, and those that
-    cannot be traced and that `is_optional` allows to be kept whole, as `opaque` nodes.
-
-    Raises:
-        Exception: whatever the block's own code raises when it is run on symbols.
+    Attributes:
+        graph (fx.Graph): the operations, in order.
+        owner (dict[fx.Node, str]): the path of the module that was at work.
+        opaque (set[fx.Node]): calls of modules that could not be looked into.
     """
 
-    def __init__(
-        self,
-        block: nn.Module,
-        is_leaf: Callable[[nn.Module], bool],
-        is_optional: Callable[[nn.Module], bool],
-    ) -> None:
-        block = _skeleton(block)
-        parameters = inspect.signature(block.forward).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        # A condition on the input is first taken to be false. If that ends in an error, the
-        # other ways follow: each list of answers is one way through the conditions.
-        ways: deque[list[bool]] = deque([[]])
-        errors: list[Exception] = []
-        while ways and len(errors) < _ATTEMPTS:
-            answers = ways.popleft()
-            tracer = _Tracer(answers, is_leaf, is_optional)
-            try:
-                self.graph = tracer.trace(block, concrete_args=defaults or None)
-            except Exception as error:  # the block's code may raise anything
-                errors.append(error)
-                for asked in range(len(answers), tracer.asked):
-                    ways.append([*answers, *[False] * (asked - len(answers)), True])
-            else:
-                self.owner = tracer.owner
-                self.opaque = tracer.opaque
-                return
+    graph: fx.Graph
+    owner: dict[fx.Node, str]
+    opaque: set[fx.Node]
+
+
+def traces(
+    block: nn.Module,
+    is_leaf: Callable[[nn.Module], bool],
+    is_optional: Callable[[nn.Module], bool],
+) -> Iterator[Trace]:
+    """Trace a block, along one way after the other through its conditions on the input.
+
+    Every module is looked into but torch's own and those that `is_leaf` names. One that cannot
+    be traced is kept whole if `is_optional` allows it. At first every condition is taken to be
+    false, then one more is taken to be true.
+
+    Raises:
+        Exception: no way leads through; what the block's own code raised along the first.
+    """
+    block = _skeleton(block)
+    parameters = inspect.signature(block.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    ways: deque[list[bool]] = deque([[]])
+    errors: list[Exception] = []
+    attempts = 0
+    while ways and attempts < _ATTEMPTS:
+        attempts += 1
+        answers = ways.popleft()
+        tracer = _Tracer(answers, is_leaf, is_optional)
+        try:
+            graph = tracer.trace(block, concrete_args=defaults or None)
+        except Exception as error:  # the block's code may raise anything
+            errors.append(error)
+        else:
+            yield Trace(graph, tracer.owner, tracer.opaque)
+        for asked in range(len(answers), tracer.asked):
+            ways.append([*answers, *[False] * (asked - len(answers)), True])
+    if len(errors) == attempts:
         raise errors[0]
 
 
