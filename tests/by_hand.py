@@ -81,6 +81,21 @@ PLACES = {
 }
 
 
+QUICK = {"torchvision/resnet18", "torchvision/r3d_18", "timm/tf_mobilenetv3_small_minimal_100"}
+
+
+def networks() -> list[object]:
+    """Test cases, those beyond the quick under the marker: every network that is one graph.
+
+    A detector is not. It branches on its proposals, with or without SimAM.
+    """
+    return [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.sweep)
+        for name in PLACES
+        if "rcnn" not in name
+    ]
+
+
 def plain(name: str) -> nn.Module:
     """The network with random weights, of which none are all the same."""
     library, name = name.split("/")

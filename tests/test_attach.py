@@ -1,22 +1,12 @@
-"""attach and detach: what they change, what they refuse, and that they leave no trace."""
-
-import re
-import warnings
-from collections.abc import Callable
+"""attach and detach: what they change, and that they leave no trace."""
 
 import pytest
 import torch
-from tiny_blocks import Block, basic, block, conv
+from tiny_blocks import attached, basic, conv, snapshot
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
 
 import simam
 from simam import SimAM, attach, detach
-
-
-@block
-def untraceable(self, x):
-    return x + self.branch(x[: int(x.sum())])
 
 
 @pytest.fixture
@@ -28,23 +18,6 @@ def net() -> nn.Module:
     layers[2].conv1.weight.requires_grad_(False)
     layers[3].eval()
     return layers
-
-
-def snapshot(model: nn.Module) -> object:
-    """All that a model's modules hold: attributes in order, tensors by identity and version."""
-
-    def fingerprint(value: object) -> object:
-        if isinstance(value, Tensor):
-            return id(value), value._version, value.requires_grad
-        if isinstance(value, dict):
-            return [(key, fingerprint(item)) for key, item in value.items()]
-        return id(value) if isinstance(value, nn.Module) else value
-
-    return [(p, type(m), fingerprint(vars(m))) for p, m in model.named_modules()]
-
-
-def attached(model: nn.Module) -> dict[str, SimAM]:
-    return {path: m for path, m in model.named_modules() if isinstance(m, SimAM)}
 
 
 def test_the_layer_is_a_child_of_the_convolution(net: nn.Module) -> None:
@@ -146,110 +119,3 @@ def test_the_forward_of_a_subclass_keeps_its_arguments() -> None:
     attach(layer, where="")
     assert type(layer).__name__ == "SimAMMasked"
     assert torch.equal(layer(x, mask=mask, scale=2.0), expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"e_lambda": 0}, "e_lambda must be a positive, finite number, got 0.0"),
-        ({"e_lambda": "0.1"}, "e_lambda must be a number, got '0.1'"),
-        ({"statistics": "exact"}, "statistics must be 'shared' or 'leave_one_out', got 'exact'"),
-        ({"where": "features.*"}, "where='features.*' matches none of the model's convolutions"),
-        ({"exclude": "features.*"}, "exclude='features.*' matches none of the planned places"),
-    ],
-)
-def test_an_error_leaves_the_model_as_it_was(
-    net: nn.Module, options: dict[str, object], message: str
-) -> None:
-    before = snapshot(net)
-    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
-        attach(net, **options)
-    assert snapshot(net) == before
-
-
-def test_an_error_leaves_the_options_as_they_were(net: nn.Module) -> None:
-    before = snapshot(attach(net, e_lambda=0.1))
-    with pytest.raises(ValueError, match="matches none"):
-        attach(net, where=["2.conv2", "4.*"])
-    assert snapshot(net) == before
-
-
-def spectral_norm(layer: nn.Conv2d) -> nn.Module:
-    return parametrizations.spectral_norm(layer)
-
-
-def lazy(layer: nn.Conv2d) -> nn.Module:
-    return nn.LazyConv2d(8, 3)
-
-
-def scripted(layer: nn.Conv2d) -> nn.Module:
-    return torch.jit.script(layer)
-
-
-def with_own_simam(layer: nn.Conv2d) -> nn.Module:
-    layer.simam = nn.Identity()
-    return layer
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (
-            spectral_norm,
-            "ParametrizedConv2d is parametrized; attach before torch.nn.utils.parametrize, or "
-            "remove it first",
-        ),
-        (lazy, "LazyConv2d is lazy and not yet initialised; run the model once before"),
-        (scripted, "RecursiveScriptModule is a TorchScript module; attach before scripting"),
-        (with_own_simam, "Conv2d already has an attribute 'simam' of its own; rename it"),
-    ],
-)
-def test_refuses_a_convolution(
-    net: nn.Module, change: Callable[[nn.Conv2d], nn.Module], problem: str
-) -> None:
-    net.append(change(conv()))
-    before = snapshot(net)
-    with pytest.raises(
-        ValueError, match=f"^{re.escape(f'cannot attach SimAM to 4: this {problem}')}$"
-    ):
-        attach(net, where="*")
-    assert snapshot(net) == before
-
-
-def test_detach_refuses_a_convolution_parametrized_since(net: nn.Module) -> None:
-    before = snapshot(net)
-    attach(net)
-    parametrizations.weight_norm(net[3].conv2)
-    parametrized = snapshot(net)
-    message = (
-        "3.conv2 has become a ParametrizedSimAMConv2d since SimAM was attached; "
-        "undo that first, for example with torch.nn.utils.parametrize"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        detach(net)
-    assert snapshot(net) == parametrized
-    parametrize.remove_parametrizations(net[3].conv2, "weight")
-    detach(net)
-    assert [(path, kind) for path, kind, _ in snapshot(net)] == [
-        (path, kind) for path, kind, _ in before
-    ]
-
-
-def test_warns_of_a_block_that_could_not_be_analysed(net: nn.Module) -> None:
-    net.append(untraceable())
-    message = (
-        r"^could not analyse, so left without SimAM: 4: untraceable, .*Proxy.*\. "
-        r"Choose convolutions with where=, or name the blocks in exclude= to accept this\.$"
-    )
-    with pytest.warns(UserWarning, match=message):
-        attach(net)
-    assert attached(net).keys() == {"2.conv2.simam", "3.conv2.simam"}
-
-
-@pytest.mark.parametrize("options", [{"exclude": "4"}, {"where": "*.conv2"}])
-def test_accepts_a_block_that_could_not_be_analysed(net: nn.Module, options: dict) -> None:
-    net.append(untraceable())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        attach(net, **options)
-    assert attached(net).keys() >= {"2.conv2.simam", "3.conv2.simam"}

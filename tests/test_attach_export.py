@@ -5,15 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from by_hand import PLACES, example, plain
+from by_hand import PLACES, example, networks, plain
 from torch import Tensor, nn
 from torch.export import Dim
 
 from simam import attach
 
-# A detector branches on its proposals, with or without SimAM.
-NETWORKS = [name for name in PLACES if "rcnn" not in name]
-QUICK = {"torchvision/resnet18", "torchvision/r3d_18", "timm/tf_mobilenetv3_small_minimal_100"}
 # They compute a padding for every size, at which torch.export works for minutes.
 SIZE_IS_FIXED = {name for name in PLACES if name.startswith("timm/tf_")}
 # timm takes the batch for the groups of a convolution, which ONNX must know.
@@ -27,11 +24,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def networks() -> list[object]:
-    """Test cases; those that take longer run with -m sweep alone."""
-    return [pytest.param(n, marks=[] if n in QUICK else pytest.mark.sweep) for n in NETWORKS]
 
 
 def attached(name: str) -> nn.Module:
@@ -74,15 +66,3 @@ def test_onnx(name: str, tmp_path: Path) -> None:
             expected = model(images)
         scale = float(expected.abs().max())
         torch.testing.assert_close(torch.from_numpy(output), expected, rtol=0, atol=1e-4 * scale)
-
-
-def test_onnx_holds_the_layers(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx", reason="reads the exported network")
-    pytest.importorskip("onnxscript", reason="torch.onnx.export is written in it")
-    counts = []
-    for network in (plain("torchvision/resnet18"), attached("torchvision/resnet18")):
-        path = tmp_path / "network.onnx"
-        x = example("torchvision/resnet18")
-        torch.onnx.export(network.eval(), (x,), path, dynamo=True, verbose=False)
-        counts.append(sum(node.op_type == "Sigmoid" for node in onnx.load(path).graph.node))
-    assert counts == [0, 8]

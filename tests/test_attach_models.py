@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from by_hand import PLACES, by_hand, example, parameter_names, plain, run
+from by_hand import PLACES, ByHand, by_hand, example, parameter_names, plain, run
 from torch import Tensor, nn
 
 from simam import SimAM, attach, detach
@@ -26,7 +26,8 @@ def one_thread() -> Iterator[None]:
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.abs().max())
+    difference = (actual - expected).detach().abs().max()
+    return float(difference / expected.detach().abs().max())
 
 
 def modules(model: nn.Module) -> list[tuple[str, type]]:
@@ -95,3 +96,53 @@ def test_copies(name: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
     assert modules(detach(copied)) == before
     assert modules(model) == attached
     assert not any(isinstance(module, SimAM) for module in copied.modules())
+
+
+HALF = ["torchvision/resnet18", "timm/tf_mobilenetv3_small_minimal_100"]
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half(name: str, dtype: torch.dtype) -> None:
+    model, x = plain(name).eval(), example(name)
+    reference = by_hand(model, name, e_lambda=0.1).to(dtype)
+    attach(model, e_lambda=0.1).to(dtype)
+    with torch.no_grad():
+        output, expected = model(x.to(dtype)), reference(x.to(dtype))
+    assert output.dtype == dtype
+    # Where the float32 results differ in the last bit, so may the rounded ones.
+    assert distance(output.float(), expected.float()) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_autocast(name: str) -> None:
+    model, x = plain(name), example(name)
+    reference = by_hand(model, name, e_lambda=0.1)
+    attach(model, e_lambda=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, expected = model(x), reference(x)
+    assert distance(output.float(), expected.float()) < 4 * torch.finfo(torch.bfloat16).eps
+
+
+class BlockByHand(nn.Module):
+    """torchvision's BasicBlock, and SimAM between its second convolution and its norm."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.attention = ByHand(nn.Identity(), e_lambda=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block.bn1(self.block.conv1(x)).clamp(min=0)
+        y = self.block.bn2(self.attention(self.block.conv2(y)))
+        shortcut = x if self.block.downsample is None else self.block.downsample(x)
+        return (y + shortcut).clamp(min=0)
+
+
+def test_resnet18_of_blocks_written_by_hand() -> None:
+    model, x = plain("torchvision/resnet18").eval(), example("torchvision/resnet18")
+    written = copy.deepcopy(model)
+    for stage in (written.layer1, written.layer2, written.layer3, written.layer4):
+        stage[0], stage[1] = BlockByHand(stage[0]), BlockByHand(stage[1])
+    with torch.no_grad():
+        torch.testing.assert_close(attach(model, e_lambda=0.1)(x), written(x))

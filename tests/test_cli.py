@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from command import INSTALL, SMALL, Capture, message, mistake, report
 
 import simam
 from simam.cli import main
-from simam.zoo import build
+from simam.zoo import Subject, build
 
 
 @pytest.fixture(autouse=True)
@@ -195,16 +196,36 @@ def test_where_and_exclude(capsys: Capture) -> None:
 
 
 def test_models_and_inputs_are_the_same_every_time() -> None:
-    first, second = build(SMALL), build(SMALL)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        first = build(SMALL)
+        torch.manual_seed(2)
+        second = build(SMALL)
     for key, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[key])
     assert torch.equal(first.inputs((1, 3, 4, 4))[0], second.inputs((1, 3, 4, 4))[0])
 
 
 def test_build_leaves_the_random_state_alone() -> None:
-    state = torch.get_rng_state()
-    build(SMALL)
-    assert torch.equal(torch.get_rng_state(), state)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        build(SMALL)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_warnings_of_the_libraries_are_not_passed_on(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn(*_: object) -> Subject:
+        warnings.warn("of a library", stacklevel=1)
+        return build(SMALL)
+
+    monkeypatch.setattr("simam.cli.build", warn)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        report(capsys, "--input-size", "32")
+    assert not seen
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -37,6 +37,25 @@ def test_calls_are_counted_and_the_model_is_left_as_it_was() -> None:
     assert (unused.shape, unused.calls, unused.elements) == (None, 0, 0)
 
 
+def test_options_reach_the_layer() -> None:
+    layers = set()
+
+    class Shows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            layers.add(repr(getattr(self.conv, "simam", None)))
+            return self.conv(x)
+
+    subject = Subject("shows", "none", "0", Shows().eval(), (3, 8, 8))
+    options = {"e_lambda": 0.5, "statistics": "leave_one_out"}
+    found = measuring.measure(subject, (1, 3, 8, 8), where=["conv"], repeats=1, **options)
+    assert layers == {"None", "SimAM(e_lambda=0.5, statistics='leave_one_out')"}
+    assert {"e_lambda": found.e_lambda, "statistics": found.statistics} == options
+
+
 class Clock:
     """Stands still, but for the passes of the models under test."""
 

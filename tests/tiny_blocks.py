@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from torch import Tensor, nn
 
-from simam import plan
+from simam import SimAM, plan
 
 
 class Block(nn.Module):
@@ -41,3 +41,20 @@ def points(model: nn.Module) -> list[str]:
 def assert_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"^found no place for SimAM"):
         plan(model)
+
+
+def snapshot(model: nn.Module) -> object:
+    """All that a model's modules hold: attributes in order, tensors by identity and version."""
+
+    def fingerprint(value: object) -> object:
+        if isinstance(value, Tensor):
+            return id(value), value._version, value.requires_grad
+        if isinstance(value, dict):
+            return [(key, fingerprint(item)) for key, item in value.items()]
+        return id(value) if isinstance(value, nn.Module) else value
+
+    return [(p, type(m), fingerprint(vars(m))) for p, m in model.named_modules()]
+
+
+def attached(model: nn.Module) -> dict[str, SimAM]:
+    return {path: m for path, m in model.named_modules() if isinstance(m, SimAM)}

@@ -5,6 +5,7 @@ output through that child, as torch's parametrizations do. No parameter or buffe
 `print`, `modules`, copying, pickling, compiling and exporting see the layer as they see any.
 """
 
+import sys
 import warnings
 from functools import cache
 from typing import Any, TypeVar
@@ -129,9 +130,11 @@ class _WithSimAM(nn.Module):
     plain_class: type
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Folding a batch norm into the convolution would move it before the SimAM. It shows in
-        # the bias, which a convolution before a batch norm does without.
-        if name == "bias" and value is not None and self.bias is None:
+        # Folding a batch norm into the convolution would move it before the SimAM. Torch folds by
+        # assigning to a copy; so does other code, where it shows in the bias alone, which a
+        # convolution before a batch norm mostly does without.
+        folded_by_torch = sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.fusion"
+        if folded_by_torch or (name == "bias" and value is not None and self.bias is None):
             raise RuntimeError(
                 "cannot give this convolution a bias, as folding a batch norm into it does: "
                 "SimAM comes between the two. Fold before simam.attach, or simam.detach first"
