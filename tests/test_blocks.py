@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny_blocks import Block, basic, block, conv, points
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from simam import SimAM, attach, plan
 
@@ -76,6 +77,19 @@ def value_of_a_dict(self, batch):
     return {"image": x + self.branch(x)}
 
 
+@block
+def checkpointed(self, x):
+    return x + checkpoint(self.branch, x, use_reentrant=False)
+
+
+@block
+def recursive(self, x):
+    y = x
+    for _ in range(3):
+        y = x + self.branch(y.relu())
+    return y
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -86,6 +100,8 @@ def value_of_a_dict(self, batch):
         one_of_several_inputs,
         item_of_a_list,
         value_of_a_dict,
+        checkpointed,
+        recursive,
     ],
 )
 def test_spellings_of_the_sum(kind: type[Block]) -> None:

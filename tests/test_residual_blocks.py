@@ -59,6 +59,12 @@ def foldable(self, x):
 
 
 @block
+def foldable_branch(self, x):
+    y = x.relu()
+    return x + self.norm(self.conv1(y) + self.conv3(y))
+
+
+@block
 def position(self, x):
     return x + self.conv3(x)
 
@@ -100,6 +106,11 @@ def constant(self, x):
 @block
 def concatenation(self, x):
     return torch.cat([x, self.branch(x)], 1)
+
+
+@block
+def recurrent(self, hidden, x):
+    return hidden + self.conv2(torch.cat([hidden, x], 1)).tanh()
 
 
 @block
@@ -146,6 +157,7 @@ def without_convolutions(self, x):
 
 NOT_RESIDUAL = [
     foldable,
+    foldable_branch,
     position,
     attention,
     attention_of_torch,
@@ -154,6 +166,7 @@ NOT_RESIDUAL = [
     inputs_without_a_common_ancestor,
     constant,
     concatenation,
+    recurrent,
     gated_recurrent,
     long_short_term,
     searched_cell,
@@ -204,6 +217,16 @@ def test_a_block_of_no_residual_kind_does_not_count() -> None:
         return self.conv1(x).relu() + self.conv2(x).relu()
 
     assert points(nn.Sequential(summed(), basic(), summed())) == ["1.conv2"]
+
+
+def test_a_container_is_not_of_the_kind_of_its_blocks() -> None:
+    @block
+    def shifted(self, x):
+        return self.body(x) + 1
+
+    straight = nn.Sequential(conv(), nn.ReLU(), conv())
+    net = nn.Sequential(shifted(body=basic()), shifted(body=straight))
+    assert points(net) == ["0.body.conv2"]
 
 
 @block
