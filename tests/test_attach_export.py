@@ -1,6 +1,5 @@
 """Attached networks through torch.export and ONNX, at batches and sizes they have not seen."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,6 @@ from simam import attach
 SIZE_IS_FIXED = {name for name in PLACES if name.startswith("timm/tf_")}
 # timm takes the batch for the groups of a convolution, which ONNX must know.
 BATCH_IS_FIXED = {"timm/tf_efficientnet_cc_b0_4e"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    # Threads that wait for each other at every layer are slower than one on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def attached(name: str) -> nn.Module:

@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,15 +14,6 @@ from simam import SimAM, attach, detach
 
 # Of a detection model, whose pyramid takes a list and is not residual.
 pytestmark = pytest.mark.filterwarnings("ignore:left without SimAM:UserWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    # Threads that wait for each other at every layer are slower than one on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:

@@ -91,6 +91,12 @@ def test_refuses_a_convolution(
     assert snapshot(net) == before
 
 
+@pytest.mark.parametrize("function", [attach, detach])
+def test_refuses_what_is_no_module(function: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match=r"^expected an nn\.Module, got str$"):
+        function("resnet18")
+
+
 def test_detach_refuses_a_convolution_parametrized_since(net: nn.Module) -> None:
     before = snapshot(net)
     attach(net)

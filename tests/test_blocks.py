@@ -83,6 +83,22 @@ def checkpointed(self, x):
 
 
 @block
+def summed_by_the_builtin(self, x):
+    return sum([x, self.branch(x)])
+
+
+@block
+def conditioned(self, x, embedding):
+    y = self.conv1(x).relu() + embedding.mean()
+    return x + self.conv2(y.relu())
+
+
+@block
+def modulated(self, x, scale):
+    return x + self.conv2(self.conv1(x) * (1 + scale.relu()))
+
+
+@block
 def recursive(self, x):
     y = x
     for _ in range(3):
@@ -102,6 +118,9 @@ def recursive(self, x):
         value_of_a_dict,
         checkpointed,
         recursive,
+        summed_by_the_builtin,
+        conditioned,
+        modulated,
     ],
 )
 def test_spellings_of_the_sum(kind: type[Block]) -> None:

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .module import SimAM
-from .planning import Selector, name_some, plan
+from .planning import Selector, check_module, name_some, plan
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -102,6 +102,7 @@ def detach(model: Model) -> Model:
         nn.Module: the model that was given.
 
     Raises:
+        TypeError: model is not a module.
         ValueError: a convolution with SimAM has changed its class since, as parametrizations
             do. The model is then as it was.
 
@@ -111,6 +112,7 @@ def detach(model: Model) -> Model:
           (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
         )
     """
+    check_module(model)
     attached = {p: m for p, m in model.named_modules() if isinstance(m, _WithSimAM)}
     for path, convolution in attached.items():
         if type(convolution) is not _with_simam(convolution.plain_class):

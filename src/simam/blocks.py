@@ -118,6 +118,7 @@ def _syntax(method: Callable[..., Any]) -> ast.AST:
 def _contains_addition(tree: ast.AST) -> bool:
     return any(
         (isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Add))
+        or (isinstance(node, ast.Name) and node.id == "sum")
         or (isinstance(node, ast.Attribute) and node.attr in ("add", "add_"))
         for node in ast.walk(tree)
     )

@@ -85,7 +85,7 @@ class Flow:
             if not any(map(_may_be_tensor, common)) or self._is_of_a_cell(node):
                 continue
             sides = [self._reach(operand, common) for operand in operands]
-            branches = [side for side in sides if self._is_branch(side)]
+            branches = [side for side in sides if self._is_branch(side, common)]
             shortcuts = [side for side in sides if side not in branches]
             if len(branches) == 1 and not any(map(self._gates, chain(*shortcuts))):
                 last = self._last(branches[0])
@@ -126,12 +126,15 @@ class Flow:
                     ahead += [operand for operand in self._operands(node) if operand not in gates]
         return reached
 
-    def _is_branch(self, side: set[fx.Node]) -> bool:
-        """Whether the side holds what to gate and is a function of the common ancestor alone."""
-        return (
-            any(map(self._is_spatial, side))
-            and any(map(self._is_nonlinear, side))
-            and not any(node.op == "placeholder" for node in side)
+    def _is_branch(self, side: set[fx.Node], common: set[fx.Node]) -> bool:
+        """Whether the side has a non-linearity and spatial convolutions of the common ancestor.
+
+        Another input may join after the first of them, as the time in a diffusion model does,
+        but not before, as the hidden state of a recurrent cell.
+        """
+        inputs = {node for node in self._ancestors if node.op == "placeholder"} - common
+        return any(map(self._is_nonlinear, side)) and any(
+            self._is_spatial(node) and not inputs & self._ancestors[node] for node in side
         )
 
     def _last(self, nodes: set[fx.Node]) -> list[fx.Node]:

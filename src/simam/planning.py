@@ -90,8 +90,7 @@ def plan(
         >>> plan(nn.Sequential(Block(), Block()), exclude="1.*")[0].path
         '0.conv2'
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
+    check_module(model)
     if isinstance(model, ScriptModule):
         raise ValueError("a TorchScript module cannot be changed; plan and attach before scripting")
     if where is not None:
@@ -123,6 +122,12 @@ def plan(
         if not found:
             raise ValueError(f"exclude={exclude!r} leaves out every place; nothing to attach")
     return found
+
+
+def check_module(model: object) -> None:
+    """Refuse what is not a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
 
 
 def name_some(unanalysed: Sequence[Unanalysed]) -> str:
