@@ -1,5 +1,7 @@
 """Which convolutions of a residual block SimAM follows, clause by clause of the rule."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,6 +101,12 @@ def modulated(self, x, scale):
 
 
 @block
+def with_a_warning(self, x):
+    warnings.warn("this block is going out of use", stacklevel=1)
+    return x + self.branch(x)
+
+
+@block
 def recursive(self, x):
     y = x
     for _ in range(3):
@@ -118,6 +126,7 @@ def recursive(self, x):
         value_of_a_dict,
         checkpointed,
         recursive,
+        with_a_warning,
         summed_by_the_builtin,
         conditioned,
         modulated,

@@ -136,7 +136,8 @@ class _WithSimAM(nn.Module):
         # assigning to a copy; so does other code, where it shows in the bias alone, which a
         # convolution before a batch norm mostly does without.
         folded_by_torch = sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.fusion"
-        if folded_by_torch or (name == "bias" and value is not None and self.bias is None):
+        gets_a_bias = name == "bias" and value is not None and getattr(self, name, value) is None
+        if folded_by_torch or gets_a_bias:
             raise RuntimeError(
                 "cannot give this convolution a bias, as folding a batch norm into it does: "
                 "SimAM comes between the two. Fold before simam.attach, or simam.detach first"
