@@ -115,7 +115,8 @@ def scale(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
 
 def check_number(e_lambda: object) -> None:
     """Refuse a lambda of another type, which TorchScript does by itself."""
-    if isinstance(e_lambda, bool) or not isinstance(e_lambda, Real | torch.SymFloat):
+    # A tuple, since the compiler of torch 2.6 knows no union types.
+    if isinstance(e_lambda, bool) or not isinstance(e_lambda, (Real, torch.SymFloat)):
         raise TypeError(f"e_lambda must be a number, got {e_lambda!r}")
 
 
