@@ -146,20 +146,18 @@ def _select(
         callable(selector) or isinstance(selector, Iterable)
     ):
         raise TypeError(f"{form}, got {selector!r}")
+    chosen = set()
     if callable(selector):
         chosen = {path for path, module in modules.items() if selector(path, module)}
-        if not chosen:
-            raise ValueError(f"{argument}={selector!r} selects none of {of_what}")
-        return chosen
-    globs = [selector] if isinstance(selector, str) else list(selector)
-    if not all(isinstance(glob, str) for glob in globs):
-        raise TypeError(f"{form}, got {selector!r}")
-    chosen = set()
-    for glob in globs:
-        matches = {path for path in modules if fnmatchcase(path, glob)}
-        if not matches:
-            raise ValueError(_unmatched(f"{argument}={glob!r}", glob, modules, of_what))
-        chosen |= matches
+    else:
+        globs = [selector] if isinstance(selector, str) else list(selector)
+        if not all(isinstance(glob, str) for glob in globs):
+            raise TypeError(f"{form}, got {selector!r}")
+        for glob in globs:
+            matches = {path for path in modules if fnmatchcase(path, glob)}
+            if not matches:
+                raise ValueError(_unmatched(f"{argument}={glob!r}", glob, modules, of_what))
+            chosen |= matches
     if not chosen:
         raise ValueError(f"{argument}={selector!r} selects none of {of_what}")
     return chosen
