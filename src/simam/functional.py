@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor, fx
 
-from . import composite
+from . import composite, ops
 
 
 def simam(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> Tensor:
@@ -110,7 +110,11 @@ def energy(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> 
 def scale(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     """`simam` for TorchScript, which knows no keyword-only arguments."""
     _check(x, e_lambda, statistics)
-    return composite.forward(x, e_lambda, statistics)
+    # TorchScript does not read beyond its own branch, and a trace must hold torch's operators.
+    if torch.jit.is_scripting() or torch.jit.is_tracing():
+        return composite.forward(x, e_lambda, statistics)
+    else:  # noqa: RET505 - as TorchScript wants it
+        return ops.scale(x, e_lambda, statistics)
 
 
 def check_number(e_lambda: object) -> None:
