@@ -2,8 +2,9 @@
 
 from . import functional
 from .attach import attach, detach
+from .kernels import kernels_info
 from .module import SimAM
 from .planning import Insertion, Plan, plan
 
-__all__ = ["Insertion", "Plan", "SimAM", "attach", "detach", "functional", "plan"]
+__all__ = ["Insertion", "Plan", "SimAM", "attach", "detach", "functional", "kernels_info", "plan"]
 __version__ = "0.1.0.dev0"

@@ -38,12 +38,12 @@ static INLINE float from_bfloat16(uint16_t half)
     return float_of((uint32_t)half << 16);
 }
 
-/* To nearest, ties to even. */
+/* To nearest, ties to even. A NaN that comes from bfloat16 or from arithmetic has zeros in its
+   lower half, so that rounding does not carry into its exponent. */
 static INLINE uint16_t to_bfloat16(float value)
 {
     const uint32_t bits = bits_of(value);
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 /* The exponent's bias is 15, of float 127; infinity and NaN are 112 further away again, and
@@ -69,6 +69,11 @@ static INLINE uint16_t to_float16(float value)
     return (uint16_t)(half | sign >> 16);
 }
 
+static INLINE int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
 /* Add `count` positions to the `seen` ones of a channel, after Chan, Golub and LeVeque; squares are
    those of deviations from the mean. The first centre stays, and the shift takes up the rest. */
 static INLINE void merge(Moments *m, int64_t c, double seen, double count, double centre,
@@ -92,6 +97,15 @@ static INLINE void merge_run(Moments *m, int64_t c, double seen, double count, d
 {
     const double shift = sum / count;
     merge(m, c, seen, count, centre, shift, squares - sum * shift);
+}
+
+/* Ask for elements of the memory that comes next. It may lie beyond the end: nothing is read. */
+static INLINE void fetch(const void *data, int64_t i, int64_t count, int dtype, int to_write)
+{
+    const int64_t size = dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2;
+    const uintptr_t start = (uintptr_t)data + (uintptr_t)(i * size);
+    for (int64_t offset = 0; offset < count * size; offset += 64)
+        PREFETCH((const void *)(start + (uintptr_t)offset), to_write);
 }
 
 #define LOG2_E 1.4426950408889634
@@ -216,11 +230,6 @@ CLONES static void settle(
     case FLOAT16:
         settle_float(job, b, m, s, scratch, FLOAT16);
     }
-}
-
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
 }
 
 static Block find_block(const Job *job, int64_t tile, int64_t index)
@@ -409,12 +418,14 @@ EXPORT int simam_cpu(const void *x, const void *gradient, void *result, int64_t 
     Job job = {x, gradient, result, samples, channels, positions, lambda, dtype, strips, statistics,
                0, 0, 0, 0, 0};
     if (strips) {
-        job.tile_channels = least(TILE_CHANNELS, channels);
-        job.block_positions = STRIP_BLOCK;
+        const int64_t widest = least(TILE_CHANNELS, channels);
+        job.block_positions = least(MOST_LINES, STRIP_BLOCK / widest);
+        job.tile_channels = samples < threads ? least(WIDE_STRIP, widest) : widest;
     } else {
         job.samples = 1;
         job.channels = samples * channels;
-        job.tile_channels = positions > SHORT_ROW ? 1 : least(TILE_CHANNELS, ROW_BLOCK / positions / 4 * 4);
+        job.tile_channels =
+            positions > SHORT_ROW ? 1 : least(TILE_ROWS, ROW_BLOCK / positions / 4 * 4);
         job.block_positions = ROW_BLOCK;
     }
     job.tiles_per_sample = (job.channels + job.tile_channels - 1) / job.tile_channels;

@@ -10,19 +10,27 @@
 #if defined(_MSC_VER)
 #define INLINE __forceinline
 #define SIMD(clauses) __pragma(omp simd clauses)
+#define PREFETCH(address, to_write) ((void)(address))
 #else
 #define INLINE inline __attribute__((always_inline))
 #define PRAGMA(text) _Pragma(#text)
 #define SIMD(clauses) PRAGMA(omp simd clauses)
+#define PREFETCH(address, to_write) __builtin_prefetch(address, to_write, 2)
 #endif
 
 enum { SHARED, LEAVE_ONE_OUT };
 enum { FLOAT64, FLOAT32, BFLOAT16, FLOAT16 };
 
 /* A tile is a group of channels that are worked on together, a block the part of it over which
-   sums are taken in the precision of the map; sums of blocks are taken in double. In rows, short
-   channels share a tile so that several are in flight, and a long one is a tile of its own. */
-enum { TILE_CHANNELS = 64, SHORT_ROW = 1024, ROW_BLOCK = 4096, STRIP_BLOCK = 256 };
+   sums are taken in the precision of the map; sums of blocks are taken in double. A block of rows
+   is contiguous: some short channels, or a part of a long one. A tile of strips is wide, since
+   long lines suit the memory, but no power of two, which would let the arrays of a tile compete
+   for the same lines of the cache. */
+enum { TILE_CHANNELS = 592, TILE_ROWS = 64, SHORT_ROW = 1024, ROW_BLOCK = 4096 };
+enum { STRIP_BLOCK = 16384, MOST_LINES = 256, WIDE_STRIP = 64 };
+
+/* How far ahead memory is asked for: pieces of a row, in elements, and lines of strips. */
+enum { PIECE = 256, LINES_AHEAD = 16 };
 
 /* N samples of C channels of M positions. In rows, the positions of a channel are neighbours in
    memory; in strips (channels last), the channels of a position are. */

@@ -1,8 +1,8 @@
 """The fused CPU kernel: finds the compiled library, and lends it torch's threads."""
 
 import ctypes
+import os
 import sys
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +12,28 @@ from torch import Tensor
 # As numbered in cpu.h.
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATISTICS = {"shared": 0, "leave_one_out": 1}
-_ERRORS = {1: "out of memory", 2: "torch's thread pool failed"}
+_ERRORS = {1: "it ran out of memory", 2: "torch's thread pool failed"}
 
-
-def serves(x: Tensor) -> bool:
-    """Whether `run` takes a tensor like x."""
-    return _library is not None and x.is_cpu and x.dtype in _DTYPES
+DTYPES = tuple(_DTYPES)
 
 
 def run(x: Tensor, gradient: Tensor | None, e_lambda: float, statistics: str) -> Tensor:
-    """SimAM of x, or with the gradient of its output that of x; both in the layout of x.
+    """SimAM of x, or with the gradient of its output that of x; either in the layout of x.
 
-    Contiguous and channels-last tensors are computed where they lie, others in a copy.
+    Contiguous and channels-last tensors are read where they lie, others from a copy.
     """
-    result = torch.empty_like(x)
     if x.is_contiguous():
         strips = False
     elif x.movedim(1, -1).is_contiguous():
         strips = True
     else:
         pull = None if gradient is None else gradient.contiguous()
-        return result.copy_(run(x.contiguous(), pull, e_lambda, statistics))
+        return torch.empty_like(x).copy_(run(x.contiguous(), pull, e_lambda, statistics))
     if gradient is not None and gradient.stride() != x.stride():
         gradient = torch.empty_like(x).copy_(gradient)
+    result = torch.empty_like(x)
     samples, channels = x.shape[:2]
-    status = _library.simam_cpu(
+    error = _library.simam_cpu(
         x.data_ptr(),
         None if gradient is None else gradient.data_ptr(),
         result.data_ptr(),
@@ -50,33 +47,30 @@ def run(x: Tensor, gradient: Tensor | None, e_lambda: float, statistics: str) ->
         _parallel_for,
         torch.get_num_threads(),
     )
-    if status:
-        raise RuntimeError(f"the CPU kernel of simam stopped: {_ERRORS[status]}")
+    if error:
+        raise RuntimeError(f"the CPU kernel of simam stopped: {_ERRORS[error]}")
     return result
 
 
-def describe() -> tuple[str | None, str]:
-    """The kernel, or None, and how it runs or why there is none."""
-    if _library is None:
-        return None, _missing
+def describe() -> str:
+    """How the kernel runs."""
     level = _library.simam_cpu_level().decode()
     if _parallel_for is None:
-        return f"fused C ({level})", "on one thread: the threads of torch can be lent from 2.10 on"
-    return f"fused C ({level})", "on the threads of torch"
+        return f"{level}, one thread (torch lends its threads from 2.10 on)"
+    return f"{level}, torch's threads"
 
 
 def _load() -> tuple[Any, str]:
-    folder = Path(__file__).parent
-    files = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_cpu{suffix}").exists()]
-    if not files:
-        return None, (
-            f"{folder} holds no compiled _cpu library; install a C compiler, then simam anew: "
-            "pip install --force-reinstall --no-deps --no-binary simam simam"
-        )
+    """The library, or None and the reason."""
+    path = Path(__file__).with_name("_cpu.dll" if os.name == "nt" else "_cpu.so")
+    if not path.exists():
+        reason = path.with_suffix(".txt")
+        found = reason.read_text().strip() if reason.exists() else f"there is no {path}"
+        return None, f"it was not built ({found}); install a C compiler, then simam anew"
     try:
-        library = ctypes.CDLL(str(files[0]))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
-        return None, f"{files[0].name} cannot be loaded ({error}); install simam anew"
+        return None, f"it cannot be loaded ({error}); install simam anew"
     library.simam_cpu.argtypes = [
         *[ctypes.c_void_p] * 3,
         *[ctypes.c_int64] * 3,
@@ -93,6 +87,7 @@ def _find_parallel_for() -> int | None:
     """The address of torch's parallel loop, a plain C function from torch 2.10 on."""
     names = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}
     name = names.get(sys.platform, "libtorch_cpu.so")
+    # By its name alone, where a distribution keeps it elsewhere: it is loaded already.
     for path in (str(Path(torch.__file__).parent / "lib" / name), name):
         try:
             function = ctypes.CDLL(path).torch_parallel_for
@@ -102,5 +97,5 @@ def _find_parallel_for() -> int | None:
     return None
 
 
-_library, _missing = _load()
+_library, missing = _load()
 _parallel_for = _find_parallel_for()

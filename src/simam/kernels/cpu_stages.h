@@ -17,30 +17,33 @@ typedef struct {
     double of_total[TILE_CHANNELS];
 } NAME(Channels);
 
-static INLINE REAL NAME(load)(const void *data, int64_t i, int dtype)
+/* `count` elements from i on: where they lie, or half precision widened into the buffer. */
+static INLINE const REAL *NAME(read)(const void *data, int64_t i, int64_t count, REAL *buffer,
+                                     int dtype)
 {
-    switch (dtype) {
-    case FLOAT16:
-        return from_float16(((const uint16_t *)data)[i]);
-    case BFLOAT16:
-        return from_bfloat16(((const uint16_t *)data)[i]);
-    default:
-        return ((const REAL *)data)[i];
-    }
+    if (dtype != BFLOAT16 && dtype != FLOAT16)
+        return (const REAL *)data + i;
+    const uint16_t *const halves = (const uint16_t *)data + i;
+    SIMD()
+    for (int64_t j = 0; j < count; j++)
+        buffer[j] = dtype == FLOAT16 ? from_float16(halves[j]) : from_bfloat16(halves[j]);
+    return buffer;
 }
 
-static INLINE void NAME(store)(void *data, int64_t i, REAL value, int dtype)
+/* Where to put elements from i on: where they belong, or into the buffer, for `write`. */
+static INLINE REAL *NAME(room)(void *data, int64_t i, REAL *buffer, int dtype)
 {
-    switch (dtype) {
-    case FLOAT16:
-        ((uint16_t *)data)[i] = to_float16((float)value);
-        break;
-    case BFLOAT16:
-        ((uint16_t *)data)[i] = to_bfloat16((float)value);
-        break;
-    default:
-        ((REAL *)data)[i] = value;
-    }
+    return dtype == BFLOAT16 || dtype == FLOAT16 ? buffer : (REAL *)data + i;
+}
+
+static INLINE void NAME(write)(void *data, int64_t i, int64_t count, const REAL *buffer, int dtype)
+{
+    if (dtype != BFLOAT16 && dtype != FLOAT16)
+        return;
+    uint16_t *const halves = (uint16_t *)data + i;
+    SIMD()
+    for (int64_t j = 0; j < count; j++)
+        halves[j] = dtype == FLOAT16 ? to_float16((float)buffer[j]) : to_bfloat16((float)buffer[j]);
 }
 
 /* 2^t for t <= 0 as 2^n 2^f, |f| <= 1/2; NaN for NaN. Adding MAGIC rounds t to the integer n
@@ -108,85 +111,95 @@ static INLINE void NAME(find_channels)(const Job *job, const Block *b, const Mom
     k->lambda = (REAL)job->lambda;
 }
 
-/* Of four runs of neighbours, at starts[0] to starts[3]: a centre, and the sum and the squares of
-   the deviations from it. In turns, since one alone would wait for its own additions. */
-static INLINE void NAME(four_runs)(const void *x, const int64_t *starts, int64_t length,
-                                   REAL *centre, REAL *sum, REAL *squares, int dtype)
+/* The mean of each of four runs of neighbours, and below the sums that correct it. In turns, since
+   one run alone would wait for its own additions; and the means of all runs first, since the sums
+   of a run must wait for its mean. */
+static INLINE void NAME(find_centres)(const REAL *const *runs, int64_t length, REAL *centres)
 {
-    const int64_t at0 = starts[0], at1 = starts[1], at2 = starts[2], at3 = starts[3];
+    const REAL *const x0 = runs[0], *const x1 = runs[1], *const x2 = runs[2], *const x3 = runs[3];
     REAL a0 = 0, a1 = 0, a2 = 0, a3 = 0;
     SIMD(reduction(+ : a0, a1, a2, a3))
     for (int64_t i = 0; i < length; i++) {
-        a0 += NAME(load)(x, at0 + i, dtype);
-        a1 += NAME(load)(x, at1 + i, dtype);
-        a2 += NAME(load)(x, at2 + i, dtype);
-        a3 += NAME(load)(x, at3 + i, dtype);
+        a0 += x0[i];
+        a1 += x1[i];
+        a2 += x2[i];
+        a3 += x3[i];
     }
     const REAL inverse = 1 / (REAL)length;
-    a0 *= inverse, a1 *= inverse, a2 *= inverse, a3 *= inverse;
-    REAL b0 = 0, b1 = 0, b2 = 0, b3 = 0, c0 = 0, c1 = 0, c2 = 0, c3 = 0;
-    SIMD(reduction(+ : b0, b1, b2, b3, c0, c1, c2, c3))
-    for (int64_t i = 0; i < length; i++) {
-        const REAL d0 = NAME(load)(x, at0 + i, dtype) - a0;
-        const REAL d1 = NAME(load)(x, at1 + i, dtype) - a1;
-        const REAL d2 = NAME(load)(x, at2 + i, dtype) - a2;
-        const REAL d3 = NAME(load)(x, at3 + i, dtype) - a3;
-        b0 += d0, b1 += d1, b2 += d2, b3 += d3;
-        c0 += d0 * d0, c1 += d1 * d1, c2 += d2 * d2, c3 += d3 * d3;
-    }
-    centre[0] = a0, centre[1] = a1, centre[2] = a2, centre[3] = a3;
-    sum[0] = b0, sum[1] = b1, sum[2] = b2, sum[3] = b3;
-    squares[0] = c0, squares[1] = c1, squares[2] = c2, squares[3] = c3;
+    centres[0] = a0 * inverse;
+    centres[1] = a1 * inverse;
+    centres[2] = a2 * inverse;
+    centres[3] = a3 * inverse;
 }
 
+/* Sums and squares of the deviations from the centres. */
+static INLINE void NAME(find_sums)(const REAL *const *runs, int64_t length, const REAL *centres,
+                                   REAL *sums, REAL *squares)
+{
+    const REAL *const x0 = runs[0], *const x1 = runs[1], *const x2 = runs[2], *const x3 = runs[3];
+    const REAL c0 = centres[0], c1 = centres[1], c2 = centres[2], c3 = centres[3];
+    REAL a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
+    SIMD(reduction(+ : a0, a1, a2, a3, b0, b1, b2, b3))
+    for (int64_t i = 0; i < length; i++) {
+        const REAL d0 = x0[i] - c0, d1 = x1[i] - c1, d2 = x2[i] - c2, d3 = x3[i] - c3;
+        a0 += d0, b0 += d0 * d0;
+        a1 += d1, b1 += d1 * d1;
+        a2 += d2, b2 += d2 * d2;
+        a3 += d3, b3 += d3 * d3;
+    }
+    sums[0] = a0, sums[1] = a1, sums[2] = a2, sums[3] = a3;
+    squares[0] = b0, squares[1] = b1, squares[2] = b2, squares[3] = b3;
+}
+
+/* The rows of a block, or the quarters of its only row, four at a time. */
 static INLINE void NAME(rows_moments)(const Job *job, const Block *b, Moments *m, int dtype)
 {
-    REAL centre[4], sum[4], squares[4];
-    if (b->channels == 1) { /* its quarters, and at most three positions more */
-        const int64_t quarter = b->length / 4;
-        double seen = 0;
-        if (quarter > 0) {
-            const int64_t starts[4] = {b->start, b->start + quarter, b->start + 2 * quarter,
-                                       b->start + 3 * quarter};
-            NAME(four_runs)(job->x, starts, quarter, centre, sum, squares, dtype);
-            for (int run = 0; run < 4; run++) {
-                merge_run(m, 0, seen, (double)quarter, centre[run], sum[run], squares[run]);
-                seen += (double)quarter;
-            }
-        }
-        for (int64_t i = 4 * quarter; i < b->length; i++)
-            merge(m, 0, seen++, 1, NAME(load)(job->x, b->start + i, dtype), 0, 0);
-        return;
-    }
-    for (int64_t c = 0; c < b->channels; c += 4) {
-        int64_t starts[4];
-        for (int run = 0; run < 4; run++) {
-            const int64_t channel = c + run < b->channels ? c + run : c;
-            starts[run] = b->start + channel * b->stride;
-        }
-        NAME(four_runs)(job->x, starts, b->length, centre, sum, squares, dtype);
-        for (int run = 0; run < 4 && c + run < b->channels; run++)
-            merge_run(m, c + run, 0, (double)b->length, centre[run], sum[run], squares[run]);
-    }
+    REAL buffer[ROW_BLOCK];
+    const REAL *const x = NAME(read)(job->x, b->start, b->lines * b->length, buffer, dtype);
+    const int quartered = b->lines == 1 && b->length >= 4;
+    const int64_t runs = quartered ? 4 : b->lines;
+    const int64_t length = quartered ? b->length / 4 : b->length;
+    REAL centres[TILE_ROWS + 3], sums[TILE_ROWS + 3], squares[TILE_ROWS + 3];
+    const REAL *starts[TILE_ROWS + 3];
+    if (b->first + b->positions < job->positions)
+        fetch(job->x, b->start + b->length, b->length, dtype, 0);
+    for (int64_t run = 0; run < runs + 3; run++)
+        starts[run] = x + least(run, runs - 1) * length;
+    for (int64_t run = 0; run < runs; run += 4)
+        NAME(find_centres)(starts + run, length, centres + run);
+    for (int64_t run = 0; run < runs; run += 4)
+        NAME(find_sums)(starts + run, length, centres + run, sums + run, squares + run);
+    for (int64_t run = 0; run < runs; run++)
+        merge_run(m, quartered ? 0 : run, quartered ? (double)(run * length) : 0, (double)length,
+                  centres[run], sums[run], squares[run]);
+    if (quartered) /* at most three positions are left */
+        for (int64_t i = 4 * length; i < b->length; i++)
+            merge_run(m, 0, (double)i, 1, x[i], 0, 0);
 }
 
 static INLINE void NAME(strips_moments)(const Job *job, const Block *b, Moments *m, int dtype)
 {
-    const void *const x = job->x;
-    REAL centre[TILE_CHANNELS] = {0}, sum[TILE_CHANNELS] = {0}, squares[TILE_CHANNELS] = {0};
+    REAL buffer[TILE_CHANNELS];
+    REAL centre[TILE_CHANNELS], sum[TILE_CHANNELS], squares[TILE_CHANNELS];
+    for (int64_t c = 0; c < b->length; c++)
+        centre[c] = sum[c] = squares[c] = 0;
     for (int64_t p = 0; p < b->lines; p++) {
         const int64_t start = b->start + p * b->stride;
+        if (b->length > WIDE_STRIP)
+            fetch(job->x, start + LINES_AHEAD * b->stride, b->length, dtype, 0);
+        const REAL *const x = NAME(read)(job->x, start, b->length, buffer, dtype);
         SIMD()
         for (int64_t c = 0; c < b->length; c++)
-            centre[c] += NAME(load)(x, start + c, dtype);
+            centre[c] += x[c];
     }
     for (int64_t c = 0; c < b->length; c++)
         centre[c] /= (REAL)b->lines;
     for (int64_t p = 0; p < b->lines; p++) {
         const int64_t start = b->start + p * b->stride;
+        const REAL *const x = NAME(read)(job->x, start, b->length, buffer, dtype);
         SIMD()
         for (int64_t c = 0; c < b->length; c++) {
-            const REAL d = NAME(load)(x, start + c, dtype) - centre[c];
+            const REAL d = x[c] - centre[c];
             sum[c] += d;
             squares[c] += d * d;
         }
@@ -203,24 +216,45 @@ static INLINE void NAME(moments)(const Job *job, const Block *b, Moments *m, int
         NAME(rows_moments)(job, b, m, dtype);
 }
 
+/* In rows a line has one channel, in strips channel i at element i. */
+static INLINE void NAME(scale_line)(const REAL *x, REAL *result, int64_t length,
+                                    const NAME(Channels) *k, int64_t channel, int strips,
+                                    int statistics)
+{
+    SIMD()
+    for (int64_t i = 0; i < length; i++) {
+        const int64_t c = strips ? i : channel;
+        REAL unused, unused_too;
+        const REAL d = NAME(deviation)(k, c, x[i]);
+        result[i] = x[i] / (1 + NAME(decay)(k, c, d, statistics, &unused, &unused_too));
+    }
+}
+
 static INLINE void NAME(scale_lines)(const Job *job, const Block *b, const Moments *m, int dtype,
                                      int strips, int statistics)
 {
-    const void *const x = job->x;
-    void *const result = job->result;
     NAME(Channels) k;
     NAME(find_channels)(job, b, m, &k);
-    for (int64_t o = 0; o < b->lines; o++) {
-        const int64_t start = b->start + o * b->stride;
-        SIMD()
-        for (int64_t i = 0; i < b->length; i++) {
-            const int64_t c = strips ? i : o;
-            REAL unused, unused_too;
-            const REAL t = NAME(load)(x, start + i, dtype);
-            const REAL d = NAME(deviation)(&k, c, t);
-            const REAL e = NAME(decay)(&k, c, d, statistics, &unused, &unused_too);
-            NAME(store)(result, start + i, t / (1 + e), dtype);
+    /* A block of rows is contiguous; a line of strips is. */
+    const int64_t batch = strips ? 1 : b->lines;
+    REAL in[ROW_BLOCK], out[ROW_BLOCK];
+    for (int64_t o = 0; o < b->lines; o += batch) {
+        const int64_t start = b->start + o * b->stride, count = batch * b->length;
+        const REAL *const x = NAME(read)(job->x, start, count, in, dtype);
+        REAL *const result = NAME(room)(job->result, start, out, dtype);
+        if (strips) {
+            if (b->length > WIDE_STRIP)
+                fetch(job->result, start + LINES_AHEAD * b->stride, count, dtype, 1);
+            NAME(scale_line)(x, result, count, &k, 0, strips, statistics);
+        } else {
+            for (int64_t i = 0, piece; i < count; i += piece) {
+                piece = least(PIECE, b->length - i % b->length);
+                fetch(job->x, start + count + i, piece, dtype, 0);
+                fetch(job->result, start + count + i, piece, dtype, 1);
+                NAME(scale_line)(x + i, result + i, piece, &k, i / b->length, strips, statistics);
+            }
         }
+        NAME(write)(job->result, start, count, result, dtype);
     }
 }
 
@@ -251,14 +285,43 @@ static INLINE REAL NAME(pull)(const NAME(Channels) *k, int64_t c, REAL t, REAL g
     return gs + k->of_deviation[c] * *v_d;
 }
 
-/* The terms go where they keep their digits: to the result, or for half precision to scratch,
-   which has the lines of the tile one after the other. */
+static INLINE void NAME(gather_row)(const REAL *x, const REAL *g, REAL *terms, int64_t length,
+                                    const NAME(Channels) *k, int64_t channel, REAL *of_deviation,
+                                    REAL *of_total, int statistics)
+{
+    REAL sum_d = 0, sum_total = 0;
+    SIMD(reduction(+ : sum_d, sum_total))
+    for (int64_t i = 0; i < length; i++) {
+        REAL v_d, v_total;
+        terms[i] = NAME(pull)(k, channel, x[i], g[i], statistics, &v_d, &v_total);
+        sum_d += v_d;
+        sum_total += v_total;
+    }
+    of_deviation[channel] += sum_d;
+    of_total[channel] += sum_total;
+}
+
+static INLINE void NAME(gather_strip)(const REAL *x, const REAL *g, REAL *terms, int64_t length,
+                                      const NAME(Channels) *k, REAL *of_deviation, REAL *of_total,
+                                      int statistics)
+{
+    SIMD()
+    for (int64_t c = 0; c < length; c++) {
+        REAL v_d, v_total;
+        terms[c] = NAME(pull)(k, c, x[c], g[c], statistics, &v_d, &v_total);
+        of_deviation[c] += v_d;
+        of_total[c] += v_total;
+    }
+}
+
+/* Where the terms of a block go and keep their digits: to the result, or for half precision to
+   the scratch of the tile, which has its lines one after the other. */
 static INLINE REAL *NAME(terms)(const Job *job, const Block *b, float *scratch, int dtype,
                                 int strips, int64_t *stride)
 {
     if (dtype == BFLOAT16 || dtype == FLOAT16) {
         *stride = strips ? b->length : job->positions;
-        return (REAL *)scratch + (strips ? b->first * *stride : b->first);
+        return (REAL *)scratch + (strips ? b->first * b->length : b->first);
     }
     *stride = b->stride;
     return (REAL *)job->result + b->start;
@@ -267,37 +330,36 @@ static INLINE REAL *NAME(terms)(const Job *job, const Block *b, float *scratch, 
 static INLINE void NAME(gather_lines)(const Job *job, const Block *b, const Moments *m, Sums *sums,
                                       float *scratch, int dtype, int strips, int statistics)
 {
-    const void *const x = job->x, *const gradient = job->gradient;
-    int64_t stride;
-    REAL *const terms = NAME(terms)(job, b, scratch, dtype, strips, &stride);
     NAME(Channels) k;
     NAME(find_channels)(job, b, m, &k);
-    REAL of_deviation[TILE_CHANNELS] = {0}, of_total[TILE_CHANNELS] = {0};
-    for (int64_t o = 0; o < b->lines; o++) {
-        const int64_t start = b->start + o * b->stride, to = o * stride;
+    int64_t stride;
+    REAL *const terms = NAME(terms)(job, b, scratch, dtype, strips, &stride);
+    const int64_t batch = strips ? 1 : b->lines;
+    REAL in[ROW_BLOCK], pull[ROW_BLOCK];
+    REAL of_deviation[TILE_CHANNELS], of_total[TILE_CHANNELS];
+    for (int64_t c = 0; c < b->channels; c++)
+        of_deviation[c] = of_total[c] = 0;
+    for (int64_t o = 0; o < b->lines; o += batch) {
+        const int64_t start = b->start + o * b->stride, count = batch * b->length;
+        const REAL *const x = NAME(read)(job->x, start, count, in, dtype);
+        const REAL *const g = NAME(read)(job->gradient, start, count, pull, dtype);
         if (strips) {
-            SIMD()
-            for (int64_t c = 0; c < b->length; c++) {
-                REAL v_d, v_total;
-                terms[to + c] = NAME(pull)(&k, c, NAME(load)(x, start + c, dtype),
-                                           NAME(load)(gradient, start + c, dtype), statistics,
-                                           &v_d, &v_total);
-                of_deviation[c] += v_d;
-                of_total[c] += v_total;
+            if (b->length > WIDE_STRIP) {
+                fetch(job->gradient, start + LINES_AHEAD * b->stride, count, dtype, 0);
+                fetch(job->result, start + LINES_AHEAD * b->stride, count, dtype, 1);
             }
+            NAME(gather_strip)(x, g, terms + o * stride, count, &k, of_deviation, of_total,
+                               statistics);
         } else {
-            REAL sum_d = 0, sum_total = 0;
-            SIMD(reduction(+ : sum_d, sum_total))
-            for (int64_t i = 0; i < b->length; i++) {
-                REAL v_d, v_total;
-                terms[to + i] = NAME(pull)(&k, o, NAME(load)(x, start + i, dtype),
-                                           NAME(load)(gradient, start + i, dtype), statistics,
-                                           &v_d, &v_total);
-                sum_d += v_d;
-                sum_total += v_total;
+            for (int64_t i = 0, piece; i < count; i += piece) {
+                const int64_t line = i / b->length, at = i % b->length;
+                piece = least(PIECE, b->length - at);
+                fetch(job->x, start + count + i, piece, dtype, 0);
+                fetch(job->gradient, start + count + i, piece, dtype, 0);
+                fetch(job->result, start + count + i, piece, dtype, 1);
+                NAME(gather_row)(x + i, g + i, terms + line * stride + at, piece, &k, line,
+                                 of_deviation, of_total, statistics);
             }
-            of_deviation[o] = sum_d;
-            of_total[o] = sum_total;
         }
     }
     for (int64_t c = 0; c < b->channels; c++) {
@@ -319,13 +381,20 @@ static INLINE void NAME(gather)(const Job *job, const Block *b, const Moments *m
         NAME(gather_lines)(job, b, m, sums, scratch, dtype, 0, LEAVE_ONE_OUT);
 }
 
+static INLINE void NAME(settle_line)(const REAL *x, const REAL *terms, REAL *result,
+                                     int64_t length, const NAME(Channels) *k, const REAL *slope,
+                                     const REAL *mean, int64_t channel, int strips)
+{
+    SIMD()
+    for (int64_t i = 0; i < length; i++) {
+        const int64_t c = strips ? i : channel;
+        result[i] = terms[i] + slope[c] * NAME(deviation)(k, c, x[i]) - mean[c];
+    }
+}
+
 static INLINE void NAME(settle_lines)(const Job *job, const Block *b, const Moments *m,
                                       const Sums *sums, float *scratch, int dtype, int strips)
 {
-    const void *const x = job->x;
-    void *const result = job->result;
-    int64_t stride;
-    const REAL *const terms = NAME(terms)(job, b, scratch, dtype, strips, &stride);
     NAME(Channels) k;
     NAME(find_channels)(job, b, m, &k);
     REAL slope[TILE_CHANNELS], mean[TILE_CHANNELS];
@@ -333,14 +402,18 @@ static INLINE void NAME(settle_lines)(const Job *job, const Block *b, const Mome
         slope[c] = (REAL)(2 * k.of_total[c] * sums->of_total[c]);
         mean[c] = (REAL)(k.of_deviation[c] * sums->of_deviation[c] / (double)job->positions);
     }
-    for (int64_t o = 0; o < b->lines; o++) {
-        const int64_t start = b->start + o * b->stride, from = o * stride;
-        SIMD()
-        for (int64_t i = 0; i < b->length; i++) {
-            const int64_t c = strips ? i : o;
-            const REAL d = NAME(deviation)(&k, c, NAME(load)(x, start + i, dtype));
-            NAME(store)(result, start + i, terms[from + i] + slope[c] * d - mean[c], dtype);
-        }
+    int64_t stride;
+    const REAL *const terms = NAME(terms)(job, b, scratch, dtype, strips, &stride);
+    const int64_t batch = strips ? 1 : b->lines;
+    REAL in[ROW_BLOCK], out[ROW_BLOCK];
+    for (int64_t o = 0; o < b->lines; o += batch) {
+        const int64_t start = b->start + o * b->stride, count = batch * b->length;
+        const REAL *const x = NAME(read)(job->x, start, count, in, dtype);
+        REAL *const result = NAME(room)(job->result, start, out, dtype);
+        for (int64_t line = 0; line < batch; line++)
+            NAME(settle_line)(x + line * b->length, terms + (o + line) * stride,
+                              result + line * b->length, b->length, &k, slope, mean, line, strips);
+        NAME(write)(job->result, start, count, result, dtype);
     }
 }
 
