@@ -1,10 +1,14 @@
-"""Hypothesis profiles, and the devices that every test of numbers runs on."""
+"""Hypothesis profiles, and the devices and implementations that every test of numbers runs on."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+from simam import kernels
+from simam.kernels import cpu
 
 # The first example on a device also pays for its start, so no example has a deadline.
 settings.register_profile("default", deadline=None)
@@ -19,3 +23,17 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 @pytest.fixture(scope="session", params=["cpu"] + ["cuda"] * torch.cuda.is_available())
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module", params=["kernel", "composite"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What computes the layer where both could: the fused kernel, or plain torch operations."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "composite":
+            patch.setattr(kernels, "serve", lambda x: False)
+        elif cpu.missing:
+            pytest.skip(cpu.missing)
+        # Deterministic, torch allocates outputs as NaN, so that an element left out shows.
+        torch.use_deterministic_algorithms(True)
+        yield request.param
+        torch.use_deterministic_algorithms(False)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from simam import functional as F
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 FUNCTIONS = (F.simam, F.attention, F.energy)
 STATISTICS = ("shared", "leave_one_out")
 

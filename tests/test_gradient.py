@@ -12,6 +12,8 @@ from torch import Tensor
 from simam import composite
 from simam import functional as F
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 STATISTICS = ("shared", "leave_one_out")
 statistics = st.sampled_from(STATISTICS)
 seeds = st.integers(0, 2**32)

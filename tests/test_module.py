@@ -16,6 +16,8 @@ import simam
 from simam import SimAM
 from simam import functional as F
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 
 @pytest.mark.parametrize(
     ("layer", "e_lambda"),

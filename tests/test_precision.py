@@ -10,6 +10,8 @@ from torch import Tensor
 
 from simam import functional as F
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 HALVES = (torch.float16, torch.bfloat16)
 FUNCTIONS = ("simam", "attention", "energy")
 STATISTICS = ("shared", "leave_one_out")

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from simam import functional as F
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 STATISTICS = ("shared", "leave_one_out")
 statistics = st.sampled_from(STATISTICS)
 
@@ -145,7 +147,8 @@ def test_sign_leaves_the_gate(
 ) -> None:
     x = place(x, device)
     gate = F.attention(x, e_lambda, statistics=statistics)
-    assert torch.equal(F.attention(-x, e_lambda, statistics=statistics), gate)
+    # Where x and -x differ in their strides, so does the order of their sums.
+    assert_close(F.attention(-x, e_lambda, statistics=statistics), gate)
 
 
 @given(x=maps(dtypes=DTYPES), e_lambda=lambdas, statistics=statistics)

@@ -22,10 +22,13 @@ SHAPES = (
 )
 
 # The first forward-mode derivative scripts the formulas that torch keeps for it.
-pytestmark = pytest.mark.filterwarnings(
-    r"ignore:`torch\.jit\.\w+` is deprecated:FutureWarning",
-    r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning",
-)
+pytestmark = [
+    pytest.mark.usefixtures("implementation"),
+    pytest.mark.filterwarnings(
+        r"ignore:`torch\.jit\.\w+` is deprecated:FutureWarning",
+        r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning",
+    ),
+]
 
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
 both_statistics = pytest.mark.parametrize("statistics", STATISTICS)
@@ -175,7 +178,8 @@ def test_tensors_without_values(
     assert output.device == gradient.device == x.device
     assert output.dtype == gradient.dtype == dtype
     assert output.shape == gradient.shape == real.shape
-    assert output.stride() == real.stride()
+    # Where nothing lies, strides mean nothing.
+    assert output.stride() == real.stride() or not real.numel()
 
 
 def normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:

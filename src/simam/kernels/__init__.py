@@ -4,7 +4,6 @@ import functools
 import warnings
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from . import cpu
@@ -38,9 +37,7 @@ class Kernels(tuple[Kernel, ...]):
             kernel = "fused" if entry.fused else "plain torch"
             rows.append((entry.device, entry.dtype, kernel, entry.note))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows
-        )
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def kernels_info() -> Kernels:

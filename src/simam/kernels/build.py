@@ -40,7 +40,8 @@ class BuildKernel(build_ext):
                 raise
             library.unlink(missing_ok=True)
             reason.parent.mkdir(parents=True, exist_ok=True)
-            reason.write_text(f"{error}\n")
+            compiler = f"the {self.compiler.compiler_type} compiler failed; see pip install -v"
+            reason.write_text(str(error) if isinstance(error, OSError) else compiler)
             self.warn(f"the CPU kernel was not built, and simam will be slower: {error}")
 
 

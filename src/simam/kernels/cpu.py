@@ -65,7 +65,7 @@ def _load() -> tuple[Any, str]:
     path = Path(__file__).with_name("_cpu.dll" if os.name == "nt" else "_cpu.so")
     if not path.exists():
         reason = path.with_suffix(".txt")
-        found = reason.read_text().strip() if reason.exists() else f"there is no {path}"
+        found = reason.read_text() if reason.exists() else f"there is no {path}"
         return None, f"it was not built ({found}); install a C compiler, then simam anew"
     try:
         library = ctypes.CDLL(str(path))
