@@ -36,7 +36,10 @@ def test_export(name: str) -> None:
     exported = torch.export.export(model, (x,), dynamic_shapes=(dynamic(x, name),)).module()
     with torch.no_grad():
         for images in (x, unseen(x, name)):
-            torch.testing.assert_close(exported(images), model(images))
+            # Exported, the layer is plain torch operations.
+            expected = model(images)
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(exported(images), expected, rtol=0, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("name", networks())

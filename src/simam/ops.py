@@ -60,7 +60,7 @@ class _Scale(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, e_lambda: float, statistics: str) -> Tensor:
         ctx.save_for_backward(x)
         ctx.e_lambda, ctx.statistics = e_lambda, statistics
-        return _forward_op(x, e_lambda, statistics)  # type: ignore[no-any-return]
+        return _forward_op(x, e_lambda, statistics)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -76,8 +76,8 @@ def scale(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     if not _takes_operator(x):
         return composite.forward(x, e_lambda, statistics)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Scale.apply(x, e_lambda, statistics)  # type: ignore[no-any-return]
-    return _forward_op(x, e_lambda, statistics)  # type: ignore[no-any-return]
+        return _Scale.apply(x, e_lambda, statistics)
+    return _forward_op(x, e_lambda, statistics)
 
 
 def _takes_operator(x: Tensor) -> bool:

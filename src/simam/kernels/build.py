@@ -1,6 +1,7 @@
 """Builds the CPU kernel with the package. Runs where neither torch nor simam is installed."""
 
 import os
+import textwrap
 from pathlib import Path
 
 from setuptools import Extension
@@ -28,6 +29,8 @@ class BuildKernel(build_ext):
         return []  # the source says what is exported; there is no PyInit
 
     def build_extension(self, ext: Extension) -> None:
+        required = bool(os.environ.get("SIMAM_REQUIRE_KERNEL"))
+        ext.optional = not required
         msvc = self.compiler.compiler_type == "msvc"
         ext.extra_compile_args = (_MSVC if msvc else _GNU).split()
         library = Path(self.get_ext_fullpath(ext.name))
@@ -36,12 +39,12 @@ class BuildKernel(build_ext):
         try:
             super().build_extension(ext)
         except (BaseError, CCompilerError, OSError) as error:
-            if os.environ.get("SIMAM_REQUIRE_KERNEL"):
+            if required:
                 raise
             library.unlink(missing_ok=True)
             reason.parent.mkdir(parents=True, exist_ok=True)
-            compiler = f"the {self.compiler.compiler_type} compiler failed; see pip install -v"
-            reason.write_text(str(error) if isinstance(error, OSError) else compiler)
+            summary = textwrap.shorten(str(error), 100, placeholder=" ...")
+            reason.write_text(f"the compiler failed: {summary}; see pip install -v")
             self.warn(f"the CPU kernel was not built, and simam will be slower: {error}")
 
 
