@@ -147,20 +147,6 @@ def test_every_half_number_is_read_and_written(dtype: torch.dtype) -> None:
     assert actual[~numbers].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("value", [1.0, 1.5, 2.0**-20, 2.0**-24, 60000.0])
-def test_halves_are_rounded_to_even(dtype: torch.dtype, value: float) -> None:
-    # A pull of 2 / sigmoid(1/2) leaves sums that torch's own conversion must agree with.
-    x = torch.full((1, 1, 1), value, dtype=dtype)
-    pulls = torch.linspace(-3, 3, 4001).to(dtype).reshape(-1, 1, 1)
-    x = x.expand(4001, 1, 1).contiguous()
-    gate = torch.sigmoid(torch.tensor(0.5, dtype=torch.float64)).float()
-    expected = (pulls.float() * gate).to(dtype)
-    actual = cpu.run(x, pulls, 1e-4, "shared")
-    assert (steps(actual) - steps(expected)).abs().max() <= 1
-    assert (actual != expected).float().mean() < 1e-2
-
-
 @both_layouts
 @both_statistics
 @every_dtype
