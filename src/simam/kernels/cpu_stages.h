@@ -247,12 +247,14 @@ static INLINE void NAME(scale_lines)(const Job *job, const Block *b, const Momen
                 fetch(job->result, start + LINES_AHEAD * b->stride, count, dtype, 1);
             NAME(scale_line)(x, result, count, &k, 0, strips, statistics);
         } else {
-            for (int64_t i = 0, piece; i < count; i += piece) {
-                piece = least(PIECE, b->length - i % b->length);
-                fetch(job->x, start + count + i, piece, dtype, 0);
-                fetch(job->result, start + count + i, piece, dtype, 1);
-                NAME(scale_line)(x + i, result + i, piece, &k, i / b->length, strips, statistics);
-            }
+            for (int64_t line = 0; line < b->lines; line++)
+                for (int64_t first = 0; first < b->length; first += PIECE) {
+                    const int64_t i = line * b->length + first;
+                    const int64_t piece = least(PIECE, b->length - first);
+                    fetch(job->x, start + count + i, piece, dtype, 0);
+                    fetch(job->result, start + count + i, piece, dtype, 1);
+                    NAME(scale_line)(x + i, result + i, piece, &k, line, strips, statistics);
+                }
         }
         NAME(write)(job->result, start, count, result, dtype);
     }
@@ -320,7 +322,7 @@ static INLINE REAL *NAME(terms)(const Job *job, const Block *b, float *scratch, 
                                 int strips, int64_t *stride)
 {
     if (dtype == BFLOAT16 || dtype == FLOAT16) {
-        *stride = strips ? b->length : job->positions;
+        *stride = b->length;
         return (REAL *)scratch + (strips ? b->first * b->length : b->first);
     }
     *stride = b->stride;
@@ -351,15 +353,16 @@ static INLINE void NAME(gather_lines)(const Job *job, const Block *b, const Mome
             NAME(gather_strip)(x, g, terms + o * stride, count, &k, of_deviation, of_total,
                                statistics);
         } else {
-            for (int64_t i = 0, piece; i < count; i += piece) {
-                const int64_t line = i / b->length, at = i % b->length;
-                piece = least(PIECE, b->length - at);
-                fetch(job->x, start + count + i, piece, dtype, 0);
-                fetch(job->gradient, start + count + i, piece, dtype, 0);
-                fetch(job->result, start + count + i, piece, dtype, 1);
-                NAME(gather_row)(x + i, g + i, terms + line * stride + at, piece, &k, line,
-                                 of_deviation, of_total, statistics);
-            }
+            for (int64_t line = 0; line < b->lines; line++)
+                for (int64_t first = 0; first < b->length; first += PIECE) {
+                    const int64_t i = line * b->length + first;
+                    const int64_t piece = least(PIECE, b->length - first);
+                    fetch(job->x, start + count + i, piece, dtype, 0);
+                    fetch(job->gradient, start + count + i, piece, dtype, 0);
+                    fetch(job->result, start + count + i, piece, dtype, 1);
+                    NAME(gather_row)(x + i, g + i, terms + line * stride + first, piece, &k, line,
+                                     of_deviation, of_total, statistics);
+                }
         }
     }
     for (int64_t c = 0; c < b->channels; c++) {
