@@ -394,14 +394,13 @@ EXPORT int simam_cpu(const void *x, const void *gradient, void *result, int64_t 
     Job job = {x, gradient, result, samples, channels, positions, lambda, dtype, strips, statistics,
                0, 0, 0, 0, 0};
     if (strips) {
-        const int64_t widest = least(TILE_CHANNELS, channels);
-        job.block_positions = least(MOST_LINES, STRIP_BLOCK / widest);
-        job.tile_channels = samples < threads ? least(WIDE_STRIP, widest) : widest;
+        job.tile_channels = least(TILE_CHANNELS, channels);
+        job.block_positions = STRIP_BLOCK;
     } else {
         job.samples = 1;
         job.channels = samples * channels;
         job.tile_channels =
-            positions > SHORT_ROW ? 1 : least(TILE_ROWS, ROW_BLOCK / positions / 4 * 4);
+            positions > SHORT_ROW ? 1 : least(TILE_CHANNELS, ROW_BLOCK / positions / 4 * 4);
         job.block_positions = ROW_BLOCK;
     }
     job.tiles_per_sample = (job.channels + job.tile_channels - 1) / job.tile_channels;

@@ -23,11 +23,8 @@ enum { FLOAT64, FLOAT32, BFLOAT16, FLOAT16 };
 
 /* A tile is a group of channels that are worked on together, a block the part of it over which
    sums are taken in the precision of the map; sums of blocks are taken in double. A block of rows
-   is contiguous: some short channels, or a part of a long one. A tile of strips is wide, since
-   long lines suit the memory, but no power of two, which would let the arrays of a tile compete
-   for the same lines of the cache. */
-enum { TILE_CHANNELS = 592, TILE_ROWS = 64, SHORT_ROW = 1024, ROW_BLOCK = 4096 };
-enum { STRIP_BLOCK = 16384, MOST_LINES = 256, WIDE_STRIP = 64 };
+   is contiguous: some short channels, or a part of a long one. */
+enum { TILE_CHANNELS = 64, SHORT_ROW = 1024, ROW_BLOCK = 4096, STRIP_BLOCK = 256 };
 
 /* How far ahead memory is asked for: pieces of a row, in elements, and lines of strips. */
 enum { PIECE = 256, LINES_AHEAD = 16 };

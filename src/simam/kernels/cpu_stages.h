@@ -159,8 +159,8 @@ static INLINE void NAME(rows_moments)(const Job *job, const Block *b, Moments *m
     const int quartered = b->lines == 1 && b->length >= 4;
     const int64_t runs = quartered ? 4 : b->lines;
     const int64_t length = quartered ? b->length / 4 : b->length;
-    REAL centres[TILE_ROWS + 3], sums[TILE_ROWS + 3], squares[TILE_ROWS + 3];
-    const REAL *starts[TILE_ROWS + 3];
+    REAL centres[TILE_CHANNELS + 3], sums[TILE_CHANNELS + 3], squares[TILE_CHANNELS + 3];
+    const REAL *starts[TILE_CHANNELS + 3];
     if (b->first + b->positions < job->positions)
         fetch(job->x, b->start + b->length, b->length, dtype, 0);
     for (int64_t run = 0; run < runs + 3; run++)
@@ -177,46 +177,51 @@ static INLINE void NAME(rows_moments)(const Job *job, const Block *b, Moments *m
             merge_run(m, 0, (double)i, 1, x[i], 0, 0);
 }
 
-static INLINE void NAME(strips_moments)(const Job *job, const Block *b, Moments *m, int dtype)
+static INLINE void NAME(strips_moments)(const Job *job, const Block *b, Moments *m,
+                                        int64_t length, int dtype)
 {
     REAL buffer[TILE_CHANNELS];
     REAL centre[TILE_CHANNELS], sum[TILE_CHANNELS], squares[TILE_CHANNELS];
-    for (int64_t c = 0; c < b->length; c++)
+    for (int64_t c = 0; c < length; c++)
         centre[c] = sum[c] = squares[c] = 0;
     for (int64_t p = 0; p < b->lines; p++) {
         const int64_t start = b->start + p * b->stride;
-        if (b->length > WIDE_STRIP)
-            fetch(job->x, start + LINES_AHEAD * b->stride, b->length, dtype, 0);
-        const REAL *const x = NAME(read)(job->x, start, b->length, buffer, dtype);
+        if (b->stride > length)
+            fetch(job->x, start + LINES_AHEAD * b->stride, length, dtype, 0);
+        const REAL *const x = NAME(read)(job->x, start, length, buffer, dtype);
         SIMD()
-        for (int64_t c = 0; c < b->length; c++)
+        for (int64_t c = 0; c < length; c++)
             centre[c] += x[c];
     }
-    for (int64_t c = 0; c < b->length; c++)
+    for (int64_t c = 0; c < length; c++)
         centre[c] /= (REAL)b->lines;
     for (int64_t p = 0; p < b->lines; p++) {
         const int64_t start = b->start + p * b->stride;
-        const REAL *const x = NAME(read)(job->x, start, b->length, buffer, dtype);
+        const REAL *const x = NAME(read)(job->x, start, length, buffer, dtype);
         SIMD()
-        for (int64_t c = 0; c < b->length; c++) {
+        for (int64_t c = 0; c < length; c++) {
             const REAL d = x[c] - centre[c];
             sum[c] += d;
             squares[c] += d * d;
         }
     }
-    for (int64_t c = 0; c < b->length; c++)
+    for (int64_t c = 0; c < length; c++)
         merge_run(m, c, 0, (double)b->lines, centre[c], sum[c], squares[c]);
 }
 
 static INLINE void NAME(moments)(const Job *job, const Block *b, Moments *m, int dtype)
 {
-    if (job->strips)
-        NAME(strips_moments)(job, b, m, dtype);
+    if (job->strips && b->length == TILE_CHANNELS)
+        NAME(strips_moments)(job, b, m, TILE_CHANNELS, dtype);
+    else if (job->strips)
+        NAME(strips_moments)(job, b, m, b->length, dtype);
     else
         NAME(rows_moments)(job, b, m, dtype);
 }
 
-/* In rows a line has one channel, in strips channel i at element i. */
+/* In rows a line has one channel, in strips channel i at element i. A whole tile of strips has a
+   length that the compiler knows, here and elsewhere, so that what belongs to its channels stays
+   in registers from line to line. */
 static INLINE void NAME(scale_line)(const REAL *x, REAL *result, int64_t length,
                                     const NAME(Channels) *k, int64_t channel, int strips,
                                     int statistics)
@@ -243,9 +248,12 @@ static INLINE void NAME(scale_lines)(const Job *job, const Block *b, const Momen
         const REAL *const x = NAME(read)(job->x, start, count, in, dtype);
         REAL *const result = NAME(room)(job->result, start, out, dtype);
         if (strips) {
-            if (b->length > WIDE_STRIP)
+            if (b->stride > b->length)
                 fetch(job->result, start + LINES_AHEAD * b->stride, count, dtype, 1);
-            NAME(scale_line)(x, result, count, &k, 0, strips, statistics);
+            if (count == TILE_CHANNELS)
+                NAME(scale_line)(x, result, TILE_CHANNELS, &k, 0, strips, statistics);
+            else
+                NAME(scale_line)(x, result, count, &k, 0, strips, statistics);
         } else {
             for (int64_t line = 0; line < b->lines; line++)
                 for (int64_t first = 0; first < b->length; first += PIECE) {
@@ -346,12 +354,16 @@ static INLINE void NAME(gather_lines)(const Job *job, const Block *b, const Mome
         const REAL *const x = NAME(read)(job->x, start, count, in, dtype);
         const REAL *const g = NAME(read)(job->gradient, start, count, pull, dtype);
         if (strips) {
-            if (b->length > WIDE_STRIP) {
+            if (b->stride > b->length) {
                 fetch(job->gradient, start + LINES_AHEAD * b->stride, count, dtype, 0);
                 fetch(job->result, start + LINES_AHEAD * b->stride, count, dtype, 1);
             }
-            NAME(gather_strip)(x, g, terms + o * stride, count, &k, of_deviation, of_total,
-                               statistics);
+            if (count == TILE_CHANNELS)
+                NAME(gather_strip)(x, g, terms + o * stride, TILE_CHANNELS, &k, of_deviation,
+                                   of_total, statistics);
+            else
+                NAME(gather_strip)(x, g, terms + o * stride, count, &k, of_deviation, of_total,
+                                   statistics);
         } else {
             for (int64_t line = 0; line < b->lines; line++)
                 for (int64_t first = 0; first < b->length; first += PIECE) {
