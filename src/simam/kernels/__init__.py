@@ -72,5 +72,5 @@ def tell_missing() -> None:
     warnings.warn(
         f"simam runs without its fused CPU kernel, several times slower: {cpu.missing}",
         RuntimeWarning,
-        stacklevel=5,  # at the caller of simam
+        stacklevel=5,  # at the layer or the function that was called
     )

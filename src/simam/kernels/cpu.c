@@ -115,8 +115,7 @@ static INLINE void fetch(const void *data, int64_t i, int64_t count, int dtype, 
 
 /* A clone does not reach the functions that it calls, so all of them are inlined into these. The
    names of the levels are those of features; GCC knows them as such from 12 on. */
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12 && \
-    !defined(SIMAM_ONE_CLONE)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define HAS_CLONES
 #define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
