@@ -1,5 +1,6 @@
 """The CPU kernel against float64: its tiles and blocks, its roundings, its threads."""
 
+import ctypes
 import itertools
 import math
 import multiprocessing
@@ -8,7 +9,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -106,6 +107,42 @@ def test_threads_change_no_bit(strips: bool, statistics: str) -> None:
                     assert torch.equal(backward, results[0][1])
     finally:
         torch.set_num_threads(before)
+
+
+RANGE = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+LOOP = ctypes.CFUNCTYPE(
+    ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, RANGE, ctypes.c_void_p
+)
+
+
+# Two tiles of rows or of strips are fewer than four threads, so their blocks, of 4096 elements or
+# 256 lines, are shared out in each of 2 + 3 stages; else the tiles are, all stages at once.
+@pytest.mark.parametrize(
+    ("shape", "strips", "expected"),
+    [
+        ((1, 2, 40_000), False, [2 * 10] * 5),
+        ((2, 2, 40_000), True, [2 * 157] * 5),
+        ((2, 2, 40_000), False, [4, 4]),
+        ((4, 2, 40_000), True, [4, 4]),
+    ],
+)
+def test_what_threads_share_out(
+    shape: tuple[int, ...], strips: bool, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = []
+
+    def loop(begin: int, end: int, grain: int, run: Callable[..., None], context: int) -> int:
+        shared.append(end - begin)
+        for index in reversed(range(begin, end)):  # in any order
+            run(index, index + 1, context)
+        return 0
+
+    lent = LOOP(loop)
+    monkeypatch.setattr(cpu, "_parallel_for", ctypes.cast(lent, ctypes.c_void_p).value)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    x = lay_out(normal(*shape), strips).float()
+    check(x, normal(*shape, seed=1).float(), 0.1, "shared")
+    assert shared == expected
 
 
 @both_layouts
