@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from oracles import rounding, working_rounding
+from kernel_checks import check, lay_out, normal
 from torch import Tensor
 
 import simam
 from simam import composite
 from simam import functional as F
-from simam.kernels import cpu
+from simam.kernels import cpu, gpu
 
 STATISTICS = ("shared", "leave_one_out")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -84,7 +84,7 @@ def test_every_tile_and_block(
     shape: tuple[int, ...], strips: bool, statistics: str, dtype: torch.dtype
 ) -> None:
     x = lay_out(normal(*shape), strips).to(dtype)
-    check(x, normal(*shape, seed=1).to(dtype), 1e-4, statistics)
+    check(cpu.run, x, normal(*shape, seed=1).to(dtype), 1e-4, statistics)
 
 
 @both_layouts
@@ -141,7 +141,7 @@ def test_what_threads_share_out(
     monkeypatch.setattr(cpu, "_parallel_for", ctypes.cast(lent, ctypes.c_void_p).value)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     x = lay_out(normal(*shape), strips).float()
-    check(x, normal(*shape, seed=1).float(), 0.1, "shared")
+    check(cpu.run, x, normal(*shape, seed=1).float(), 0.1, "shared")
     assert shared == expected
 
 
@@ -283,10 +283,19 @@ def test_kernels_info() -> None:
     info = simam.kernels_info()
     fused = [entry.dtype for entry in info if entry.device == "cpu" and entry.fused]
     assert fused == ["float64", "float32", "bfloat16", "float16"]
+    fused = [entry.dtype for entry in info if entry.device == "cuda" and entry.fused]
+    assert fused == ([] if gpu.missing else ["float32", "bfloat16", "float16"])
     table = str(info).splitlines()
     assert table[0].split() == ["device", "dtype", "kernel"]
     assert re.fullmatch(r"cpu +float32 +fused +\S.*", table[2])
-    assert re.fullmatch(r"others +any +plain torch +no kernel is written for it", table[-1])
+    assert re.fullmatch(r"cuda +float64 +plain torch +not written for it", table[5])
+    note = (
+        re.escape(gpu.missing)
+        if gpu.missing
+        else r"Triton \d.*, where compute capability is 8\.0.*"
+    )
+    assert re.fullmatch(rf"cuda +float16 +(fused|plain torch) +{note}", table[8])
+    assert re.fullmatch(r"others +any +plain torch +no kernel is written for them", table[-1])
 
 
 def test_failure_of_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,50 +331,14 @@ def test_ten_thousand_random_cases() -> None:
         if draw.random() < 0.3:
             x = x.repeat_interleave(2, -1)[..., ::2]
         pull = normal(*shape, seed=seed + 1).to(dtype)
-        errors = check(x, pull, e_lambda, statistics)
+        errors = check(cpu.run, x, pull, e_lambda, statistics)
         for name, error in zip(("forward", "backward"), errors, strict=True):
             worst[dtype, name] = max(worst[dtype, name], error)
     for (dtype, name), error in worst.items():
         print(f"{dtype} {name}: {error:.2f} of what is allowed")  # noqa: T201 - with pytest -s
 
 
-def check(x: Tensor, pull: Tensor, e_lambda: float, statistics: str) -> tuple[float, float]:
-    """Compare with float64, and return the errors relative to what rounding may do."""
-    dtype = x.dtype
-    actual = cpu.run(x, None, e_lambda, statistics)
-    gradient = cpu.run(x, pull, e_lambda, statistics)
-    assert actual.dtype == gradient.dtype == dtype
-    assert actual.stride() == gradient.stride() == torch.empty_like(x).stride()
-    wide = x.double()
-    expected = composite.forward(wide, e_lambda, statistics)
-    expected_gradient = composite.backward(pull.double(), wide, e_lambda, statistics)
-
-    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    allowed = rounding(dtype) * expected.abs() + tiny
-    # The terms of the gradient, g s and g x s (1 - s) over the standard deviation, may cancel.
-    channels = wide.flatten(2)
-    spread = (channels.var(2, correction=min(1, channels.shape[2] - 1)) + e_lambda).sqrt()
-    unit = pull.double().abs().max() * (1 + channels.abs().amax(2) / spread)
-    unit = unit.reshape(*x.shape[:2], *[1] * (x.dim() - 2))
-    allowed_gradient = rounding(dtype) * expected_gradient.abs() + working_rounding(dtype) * unit
-    errors = (
-        ((actual.double() - expected).abs() / allowed).max().item(),
-        ((gradient.double() - expected_gradient).abs() / (allowed_gradient + tiny)).max().item(),
-    )
-    assert max(errors) <= 1, (tuple(x.shape), x.stride(), dtype, e_lambda, statistics, errors)
-    return errors
-
-
 def steps(x: Tensor) -> Tensor:
     """The place of a half among the halves."""
     magnitude = x.abs().view(torch.int16).int()
     return torch.where(x < 0, -magnitude, magnitude)
-
-
-def lay_out(x: Tensor, strips: bool) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if strips else x.contiguous()
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -18,7 +18,7 @@ for _ in range(2):
     y.backward(torch.ones_like(y))
 print(torch.equal(y, simam.composite.forward(x, 1e-4, "shared")))
 print(torch.equal(torch.ops.simam.forward(x.detach(), 1e-4, "shared"), y))
-print([entry.fused for entry in simam.kernels_info()])
+print([entry.fused for entry in simam.kernels_info() if entry.device == "cpu"])
 print(simam.kernels_info())
 """
 
@@ -42,7 +42,7 @@ def test_there_is_none(package: Path) -> None:
     done = run(package)
     equal, same, fused, *table = done.stdout.splitlines()
     assert equal == same == "True"
-    assert fused == "[False, False, False, False, False]"
+    assert fused == "[False, False, False, False]"
     reason = f"it was not built (there is no {package / '_cpu'}"
     assert reason in table[1]
     assert done.stderr.count("RuntimeWarning") == 1

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import composite, kernels
-from .kernels import cpu
 
 _library = torch.library.Library("simam", "DEF")
 _library.define("forward(Tensor x, float e_lambda, str statistics) -> Tensor")
@@ -21,18 +20,19 @@ _library.define("backward(Tensor grad, Tensor x, float e_lambda, str statistics)
 
 def _forward(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     if kernels.serve(x):
-        return cpu.run(x, None, e_lambda, statistics)
+        return kernels.run(x, None, e_lambda, statistics)
     return torch.empty_like(x).copy_(composite.forward(x, e_lambda, statistics))
 
 
 def _backward(grad: Tensor, x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     if kernels.serve(x):
-        return cpu.run(x, grad, e_lambda, statistics)
+        return kernels.run(x, grad, e_lambda, statistics)
     return torch.empty_like(x).copy_(composite.backward(grad, x, e_lambda, statistics))
 
 
-_library.impl("forward", _forward, "CPU")
-_library.impl("backward", _backward, "CPU")
+for _device in ("CPU", "CUDA"):
+    _library.impl("forward", _forward, _device)
+    _library.impl("backward", _backward, _device)
 
 
 @torch.library.register_fake("simam::forward", lib=_library)
@@ -95,8 +95,7 @@ def _takes_operator(x: Tensor) -> bool:
     # A subclass gives operations a meaning of its own, and other layouts have no such memory.
     if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided:
         return False
-    if cpu.missing and x.is_cpu:
-        kernels.tell_missing()
+    kernels.tell_missing(x)
     return kernels.serve(x)
 
 

@@ -4,9 +4,10 @@ import functools
 import warnings
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, gpu
 
 
 @dataclass(frozen=True)
@@ -53,24 +54,44 @@ def kernels_info() -> Kernels:
         >>> [entry.dtype for entry in kernels_info() if entry.device == "cpu"]
         ['float64', 'float32', 'bfloat16', 'float16']
     """
-    note = cpu.missing or cpu.describe()
-    entries = [
-        Kernel("cpu", str(dtype).removeprefix("torch."), not cpu.missing, note)
-        for dtype in cpu.DTYPES
-    ]
-    return Kernels([*entries, Kernel("others", "any", False, "no kernel is written for it")])
+    entries = []
+    for device, kernel in (("cpu", cpu), ("cuda", gpu)):
+        note = kernel.missing or kernel.describe()
+        for dtype in cpu.DTYPES:
+            name, written = str(dtype).removeprefix("torch."), dtype in kernel.DTYPES
+            fused = written and not kernel.missing
+            entries.append(Kernel(device, name, fused, note if written else "not written for it"))
+    return Kernels([*entries, Kernel("others", "any", False, "no kernel is written for them")])
 
 
 def serve(x: Tensor) -> bool:
     """Whether a fused kernel takes a tensor like x."""
-    return not cpu.missing and x.is_cpu and x.dtype in cpu.DTYPES
+    if x.is_cpu:
+        return not cpu.missing and x.dtype in cpu.DTYPES
+    if not x.is_cuda or gpu.missing or x.dtype not in gpu.DTYPES:
+        return False
+    # The compiler need not look at the device, since the operator that it calls will.
+    return torch.compiler.is_compiling() or gpu.able(x.device)
+
+
+def run(x: Tensor, gradient: Tensor | None, e_lambda: float, statistics: str) -> Tensor:
+    """SimAM of an x that is served, or with the gradient of its output that of x."""
+    kernel = cpu.run if x.is_cpu else gpu.run
+    return kernel(x, gradient, e_lambda, statistics)
+
+
+def tell_missing(x: Tensor) -> None:
+    """Warn, once for a type of device, that a fused kernel that should be there is not."""
+    if x.is_cpu and cpu.missing:
+        _warn("CPU", cpu.missing)
+    elif x.is_cuda and gpu.missing:
+        _warn("GPU", gpu.missing)
 
 
 @functools.cache
-def tell_missing() -> None:
-    """Warn, once, that a fused kernel that should be there is not."""
+def _warn(device: str, reason: str) -> None:
     warnings.warn(
-        f"simam runs without its fused CPU kernel, several times slower: {cpu.missing}",
+        f"simam runs without its fused {device} kernel, several times slower: {reason}",
         RuntimeWarning,
-        stacklevel=5,  # at the layer or the function that was called
+        stacklevel=6,  # at the layer or the function that was called
     )

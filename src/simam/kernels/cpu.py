@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import fill
+
 # As numbered in cpu.h.
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATISTICS = {"shared": 0, "leave_one_out": 1}
@@ -18,38 +20,28 @@ DTYPES = tuple(_DTYPES)
 
 
 def run(x: Tensor, gradient: Tensor | None, e_lambda: float, statistics: str) -> Tensor:
-    """SimAM of x, or with the gradient of its output that of x; either in the layout of x.
+    """SimAM of x, or with the gradient of its output that of x; either in the layout of x."""
 
-    Contiguous and channels-last tensors are read where they lie, others from a copy.
-    """
-    if x.is_contiguous():
-        strips = False
-    elif x.movedim(1, -1).is_contiguous():
-        strips = True
-    else:
-        pull = None if gradient is None else gradient.contiguous()
-        return torch.empty_like(x).copy_(run(x.contiguous(), pull, e_lambda, statistics))
-    if gradient is not None and gradient.stride() != x.stride():
-        gradient = torch.empty_like(x).copy_(gradient)
-    result = torch.empty_like(x)
-    samples, channels = x.shape[:2]
-    error = _library.simam_cpu(
-        x.data_ptr(),
-        None if gradient is None else gradient.data_ptr(),
-        result.data_ptr(),
-        samples,
-        channels,
-        x.numel() // (samples * channels or 1),
-        e_lambda,
-        _DTYPES[x.dtype],
-        strips,
-        _STATISTICS[statistics],
-        _parallel_for,
-        torch.get_num_threads(),
-    )
-    if error:
-        raise RuntimeError(f"the CPU kernel of simam stopped: {_ERRORS[error]}")
-    return result
+    def kernel(x: Tensor, gradient: Tensor | None, result: Tensor, strips: bool) -> None:
+        samples, channels = x.shape[:2]
+        error = _library.simam_cpu(
+            x.data_ptr(),
+            None if gradient is None else gradient.data_ptr(),
+            result.data_ptr(),
+            samples,
+            channels,
+            x.numel() // (samples * channels or 1),
+            e_lambda,
+            _DTYPES[x.dtype],
+            strips,
+            _STATISTICS[statistics],
+            _parallel_for,
+            torch.get_num_threads(),
+        )
+        if error:
+            raise RuntimeError(f"the CPU kernel of simam stopped: {_ERRORS[error]}")
+
+    return fill(kernel, x, gradient)
 
 
 def describe() -> str:
