@@ -75,7 +75,7 @@ def settle(model: nn.Module) -> None:
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     torch.manual_seed(1)
-    x = torch.randn(2, 3, 224, 224)
+    x = torch.randn(2, 3, 224, 224).to(norms[0].weight.device)
     for norm in norms:
         norm.momentum = 1.0
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 
 from simam import kernels
-from simam.kernels import cpu
+from simam.kernels import cpu, gpu
 
 # The first example on a device also pays for its start, so no example has a deadline.
 settings.register_profile("default", deadline=None)
@@ -26,13 +26,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="module", params=["kernel", "composite"])
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+def implementation(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
     """What computes the layer where both could: the fused kernel, or plain torch operations."""
+    missing = (cpu if device.type == "cpu" else gpu).missing
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "composite":
             patch.setattr(kernels, "serve", lambda x: False)
-        elif cpu.missing:
-            pytest.skip(cpu.missing)
+        elif missing:
+            pytest.skip(missing)
         # Deterministic, torch allocates outputs as NaN, so that an element left out shows.
         torch.use_deterministic_algorithms(True)
         yield request.param

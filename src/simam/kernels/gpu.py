@@ -63,6 +63,7 @@ def run(x: Tensor, gradient: Tensor | None, e_lambda: float, statistics: str) ->
     return fill(kernel, x, gradient)
 
 
+@cache
 def able(device: torch.device) -> bool:
     """Whether the kernels run on a device."""
     return torch.cuda.get_device_capability(device) >= CAPABILITY

@@ -1,119 +1,34 @@
-"""The fused kernels for a GPU, in Triton. `gpu` says which of them runs, and with what tiles.
-
-A tile is CHANNELS channels by POSITIONS positions. In rows the positions of a channel are
-neighbours in memory; in strips (channels last) the channels of a position are. Program axis 0
-numbers the blocks of channels, first of the first sample; rows count as those of one sample.
+"""The fused kernels for a GPU, in Triton. `gpu` says which of them runs, and on what tiles.
 
 Either a tile holds its channels whole and is read once, or programs walk along the positions, tile
 by tile: first for the moments, then again for what needs them. What was read before comes from the
 L2 cache then, as far as it is large enough. Where there are too few channels to keep a GPU busy,
 several programs share a channel, each a part of its positions, and leave each other what they find
-in the memory `found`, from one kernel to the next.
-
-The mathematics is that of `composite`. With u = 1 / e* - 1/2, the gate s = sigmoid(u + 1/2), the
-gradient g of the output and v = g t s (1 - s), the gradient of the input is
-g s + v u_d + 2 d sum(v u_S) - mean(v u_d), where u_d and u_S are the derivatives of u.
+in the memory `found`, from one kernel to the next. Program axis 0 numbers the blocks of channels,
+axis 1 the parts.
 """
 
 import triton
 import triton.language as tl
 
+from .gpu_functions import (
+    columns,
+    deviations,
+    energy,
+    find_moments,
+    find_sums,
+    found_moments,
+    found_sum,
+    gate,
+    load,
+    pull,
+    settle,
+    span_of_part,
+    tile,
+)
+
 # What the parts of a channel find: its moments take three numbers, the sums of its gradient two.
 MOMENTS, SUMS = tl.constexpr(3), tl.constexpr(2)
-
-
-@triton.jit
-def _tile(block, start, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS):
-    """Where a tile lies and, from there, its elements; which of them exist.
-
-    Divided and multiplied by ALIGN, what neighbours in memory end at stays the same, and the
-    compiler knows how many of them it may take at once.
-    """
-    sample, channel = _first_channel(block, channels, CHANNELS)
-    c, p = tl.arange(0, CHANNELS), tl.arange(0, POSITIONS)
-    if STRIPS:
-        pitch = channels // ALIGN * ALIGN
-        base = (sample * positions + start) * pitch + channel
-        offsets = c[:, None] + p[None, :] * pitch
-        mask = (c < pitch - channel)[:, None] & (p < stop - start)[None, :]
-    else:
-        pitch = positions // ALIGN * ALIGN
-        base = channel * pitch + start
-        offsets = c[:, None] * pitch + p[None, :]
-        mask = (c < channels - channel)[:, None] & (p < stop // ALIGN * ALIGN - start)[None, :]
-    return base, offsets, mask
-
-
-@triton.jit
-def _first_channel(block, channels, CHANNELS):
-    """The sample of a block of channels, and the first of them."""
-    blocks = tl.cdiv(channels, CHANNELS)
-    return (block // blocks).to(tl.int64), (block % blocks).to(tl.int64) * CHANNELS
-
-
-@triton.jit
-def _load(pointer, base, offsets, mask):
-    return tl.load(pointer + base + offsets, mask=mask, other=0).to(tl.float32)
-
-
-@triton.jit
-def _deviations(t, mask, positions):
-    """The deviations of whole channels from their means, and their squares' sums.
-
-    Twice: the rounding of a large mean shows in the gate otherwise. What does not exist counts
-    as zero only after the mean is taken off.
-    """
-    mean = tl.sum(t, 1) / positions
-    d = tl.where(mask, t - mean[:, None], 0)
-    shift = tl.sum(d, 1) / positions
-    d = tl.where(mask, d - shift[:, None], 0)
-    return d, tl.sum(d * d, 1)
-
-
-@triton.jit
-def _energy(d, total, positions, e_lambda, LEAVE_ONE_OUT):
-    """The u of deviations, and u_d and u_S, the latter two but for a factor of their channel."""
-    others = tl.maximum(positions - 1, 1).to(tl.float32)
-    if LEAVE_ONE_OUT:
-        shift = d * (positions / others)
-        # Where one neuron holds nearly all of S the difference cancels, to below zero by rounding.
-        rest = tl.maximum(total[:, None] - d * shift, 0)
-        variance = rest / others + e_lambda
-        ratio = shift / variance
-        u = shift * ratio * 0.25
-        u_d = ratio * (positions + shift * ratio)
-        u_total = u / variance
-        of_deviation = tl.zeros_like(total) + 0.5 / others
-        of_total = tl.zeros_like(total) - 1 / others
-    else:
-        # A lambda that float32 cannot hold must not make 0 / 0 of a constant channel.
-        q = tl.minimum(0.25 / (total / others + e_lambda), 1e38)
-        u = d * d * q[:, None]
-        u_d = d
-        u_total = u
-        of_deviation = 2 * q
-        of_total = -4 * q / others
-    return u, u_d, u_total, of_deviation, of_total
-
-
-@triton.jit
-def _gate(u):
-    return 1 / (1 + tl.exp(-u - 0.5))
-
-
-@triton.jit
-def _pull(t, g, u, u_d, u_total, of_deviation):
-    """The first two terms of the gradient, and v u_d and v u_S but for their factors."""
-    s = _gate(u)
-    v = g * t * s * (1 - s)
-    return g * s + of_deviation[:, None] * (v * u_d), v * u_d, v * u_total
-
-
-@triton.jit
-def _settle(terms, d, of_deviation, of_total, sum_d, sum_total, positions):
-    slope = 2 * of_total * sum_total
-    mean = of_deviation * sum_d / positions
-    return terms + slope[:, None] * d - mean[:, None]
 
 
 @triton.jit(do_not_specialize=["channels", "positions"])
@@ -130,13 +45,13 @@ def forward_whole(
     POSITIONS: tl.constexpr,
 ):
     """The output, of tiles that hold their channels whole."""
-    base, offsets, mask = _tile(
+    base, offsets, mask = tile(
         tl.program_id(0), 0, positions, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
     )
-    t = _load(x, base, offsets, mask)
-    d, total = _deviations(t, mask, positions)
-    u, _, _, _, _ = _energy(d, total, positions, e_lambda, LEAVE_ONE_OUT)
-    tl.store(result + base + offsets, t * _gate(u), mask=mask)
+    t = load(x, base, offsets, mask)
+    d, total = deviations(t, mask, positions)
+    u, _, _, _, _ = energy(d, total, positions, e_lambda, LEAVE_ONE_OUT)
+    tl.store(result + base + offsets, t * gate(u), mask=mask)
 
 
 @triton.jit(do_not_specialize=["channels", "positions"])
@@ -154,115 +69,17 @@ def backward_whole(
     POSITIONS: tl.constexpr,
 ):
     """The gradient, of tiles that hold their channels whole."""
-    base, offsets, mask = _tile(
+    base, offsets, mask = tile(
         tl.program_id(0), 0, positions, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
     )
-    t = _load(x, base, offsets, mask)
-    g = _load(gradient, base, offsets, mask)
-    d, total = _deviations(t, mask, positions)
-    u, u_d, u_total, of_deviation, of_total = _energy(d, total, positions, e_lambda, LEAVE_ONE_OUT)
-    terms, v_d, v_total = _pull(t, g, u, u_d, u_total, of_deviation)
+    t = load(x, base, offsets, mask)
+    g = load(gradient, base, offsets, mask)
+    d, total = deviations(t, mask, positions)
+    u, u_d, u_total, of_deviation, of_total = energy(d, total, positions, e_lambda, LEAVE_ONE_OUT)
+    terms, v_d, v_total = pull(t, g, u, u_d, u_total, of_deviation)
     sum_d, sum_total = tl.sum(v_d, 1), tl.sum(v_total, 1)
-    dx = _settle(terms, d, of_deviation, of_total, sum_d, sum_total, positions)
+    dx = settle(terms, d, of_deviation, of_total, sum_d, sum_total, positions)
     tl.store(result + base + offsets, dx, mask=mask)
-
-
-@triton.jit
-def _moments(x, block, start, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS):
-    """A centre, the mean's distance from it, and the squares' sum, of a part of the channels.
-
-    Every lane keeps its own mean and squares (Welford), which are merged once (Chan, Golub and
-    LeVeque). The centre, the first tile's mean, keeps the digits that a large mean would take.
-    """
-    base, offsets, mask = _tile(
-        block, start, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
-    )
-    centre = tl.sum(_load(x, base, offsets, mask), 1) / tl.minimum(stop - start, POSITIONS)
-    mean = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-    squares = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-    seen = 0.0
-    for first in range(start, stop, POSITIONS):
-        base, offsets, mask = _tile(
-            block, first, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
-        )
-        t = _load(x, base, offsets, mask) - centre[:, None]
-        seen += 1
-        delta = tl.where(mask, t - mean, 0)
-        mean += delta * (1 / seen)
-        squares += delta * (t - mean)
-    lane = tl.arange(0, POSITIONS)
-    counts = ((stop - start + POSITIONS - 1 - lane) // POSITIONS).to(tl.float32)[None, :]
-    count = (stop - start).to(tl.float32)
-    shift = tl.sum(counts * mean, 1) / count
-    distance = mean - shift[:, None]
-    return centre, shift, tl.sum(squares + counts * distance * distance, 1)
-
-
-@triton.jit
-def _sums(
-    x, gradient, block, start, stop, centre, shift, total, channels, positions, e_lambda,
-    LEAVE_ONE_OUT, STRIPS, ALIGN, CHANNELS, POSITIONS,
-):  # fmt: skip
-    """The sums of v u_d and v u_S over a part of the channels, but for their factors."""
-    sum_d = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-    sum_total = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-    for first in range(start, stop, POSITIONS):
-        base, offsets, mask = _tile(
-            block, first, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
-        )
-        t, g = _load(x, base, offsets, mask), _load(gradient, base, offsets, mask)
-        d = tl.where(mask, t - centre[:, None] - shift[:, None], 0)
-        u, u_d, u_total, of_deviation, _ = _energy(d, total, positions, e_lambda, LEAVE_ONE_OUT)
-        _, v_d, v_total = _pull(t, g, u, u_d, u_total, of_deviation)
-        sum_d += v_d
-        sum_total += v_total
-    return tl.sum(sum_d, 1), tl.sum(sum_total, 1)
-
-
-@triton.jit
-def _part(positions, steps, POSITIONS):
-    """The positions of this program, which are so many tiles, or what is left of them."""
-    start = tl.program_id(1).to(tl.int64) * steps * POSITIONS
-    return start, tl.minimum(start + steps * POSITIONS, positions)
-
-
-@triton.jit
-def _columns(block, channels, CHANNELS):
-    """The columns of `found` that belong to a block of channels, and which of them exist."""
-    sample, channel = _first_channel(block, channels, CHANNELS)
-    channel += tl.arange(0, CHANNELS)
-    return sample * channels + channel, channel < channels
-
-
-@triton.jit
-def _found_moments(found, block, steps, width, channels, positions, CHANNELS, POSITIONS, PARTS):
-    """The moments of whole channels, of those that the parts have found."""
-    column, exists = _columns(block, channels, CHANNELS)
-    parts = tl.num_programs(1)
-    part = tl.arange(0, PARTS)
-    mask = exists[:, None] & (part < parts)[None, :]
-    length = steps * POSITIONS
-    counts = tl.minimum(positions - part.to(tl.int64) * length, length)
-    counts = tl.where(part < parts, counts, 0).to(tl.float32)[None, :]
-    place = part[None, :] * width + column[:, None]
-    centres = tl.load(found + place, mask=mask, other=0)
-    shifts = tl.load(found + place + parts * width, mask=mask, other=0)
-    squares = tl.load(found + place + 2 * parts * width, mask=mask, other=0)
-    centre = tl.load(found + column, mask=exists, other=0)
-    means = tl.where(mask, centres - centre[:, None] + shifts, 0)
-    shift = tl.sum(counts * means, 1) / positions
-    distance = means - shift[:, None]
-    return centre, shift, tl.sum(squares + counts * distance * distance, 1)
-
-
-@triton.jit
-def _found_sum(found, block, width, channels, CHANNELS, PARTS):
-    """A sum over whole channels, of those that the parts have found."""
-    column, exists = _columns(block, channels, CHANNELS)
-    part = tl.arange(0, PARTS)
-    mask = exists[:, None] & (part < tl.num_programs(1))[None, :]
-    place = part[None, :] * width + column[:, None]
-    return tl.sum(tl.load(found + place, mask=mask, other=0), 1)
 
 
 @triton.jit(do_not_specialize=["channels", "positions", "steps", "width"])
@@ -280,11 +97,11 @@ def moments_in_parts(
 ):
     """The moments that each part of the channels has."""
     block = tl.program_id(0)
-    start, stop = _part(positions, steps, POSITIONS)
-    centre, shift, squares = _moments(
+    start, stop = span_of_part(positions, steps, POSITIONS)
+    centre, shift, squares = find_moments(
         x, block, start, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
     )
-    column, exists = _columns(block, channels, CHANNELS)
+    column, exists = columns(block, channels, CHANNELS)
     part, parts = tl.program_id(1), tl.num_programs(1)
     place = part * width + column
     tl.store(found + place, centre, mask=exists)
@@ -311,23 +128,23 @@ def forward_along(
 ):
     """The output. A lone part finds the moments itself; for others `moments_in_parts` has."""
     block = tl.program_id(0)
-    start, stop = _part(positions, steps, POSITIONS)
+    start, stop = span_of_part(positions, steps, POSITIONS)
     if PARTS == 1:
-        centre, shift, total = _moments(
+        centre, shift, total = find_moments(
             x, block, start, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
         )
     else:
-        centre, shift, total = _found_moments(
+        centre, shift, total = found_moments(
             found, block, steps, width, channels, positions, CHANNELS, POSITIONS, PARTS
         )
     for first in range(start, stop, POSITIONS):
-        base, offsets, mask = _tile(
+        base, offsets, mask = tile(
             block, first, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
         )
-        t = _load(x, base, offsets, mask)
+        t = load(x, base, offsets, mask)
         d = t - centre[:, None] - shift[:, None]
-        u, _, _, _, _ = _energy(d, total, positions, e_lambda, LEAVE_ONE_OUT)
-        tl.store(result + base + offsets, t * _gate(u), mask=mask)
+        u, _, _, _, _ = energy(d, total, positions, e_lambda, LEAVE_ONE_OUT)
+        tl.store(result + base + offsets, t * gate(u), mask=mask)
 
 
 @triton.jit(do_not_specialize=["channels", "positions", "steps", "width"])
@@ -349,15 +166,15 @@ def sums_in_parts(
 ):
     """The sums that each part of the channels adds to its gradient."""
     block = tl.program_id(0)
-    start, stop = _part(positions, steps, POSITIONS)
-    centre, shift, total = _found_moments(
+    start, stop = span_of_part(positions, steps, POSITIONS)
+    centre, shift, total = found_moments(
         found, block, steps, width, channels, positions, CHANNELS, POSITIONS, PARTS
     )
-    sum_d, sum_total = _sums(
+    sum_d, sum_total = find_sums(
         x, gradient, block, start, stop, centre, shift, total, channels, positions, e_lambda,
         LEAVE_ONE_OUT, STRIPS, ALIGN, CHANNELS, POSITIONS,
     )  # fmt: skip
-    column, exists = _columns(block, channels, CHANNELS)
+    column, exists = columns(block, channels, CHANNELS)
     part, parts = tl.program_id(1), tl.num_programs(1)
     place = (MOMENTS * parts + part) * width + column
     tl.store(found + place, sum_d, mask=exists)
@@ -384,32 +201,32 @@ def backward_along(
 ):
     """The gradient. A lone part finds moments and sums itself; for others the two above have."""
     block = tl.program_id(0)
-    start, stop = _part(positions, steps, POSITIONS)
+    start, stop = span_of_part(positions, steps, POSITIONS)
     if PARTS == 1:
-        centre, shift, total = _moments(
+        centre, shift, total = find_moments(
             x, block, start, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
         )
-        sum_d, sum_total = _sums(
+        sum_d, sum_total = find_sums(
             x, gradient, block, start, stop, centre, shift, total, channels, positions, e_lambda,
             LEAVE_ONE_OUT, STRIPS, ALIGN, CHANNELS, POSITIONS,
         )  # fmt: skip
     else:
-        centre, shift, total = _found_moments(
+        centre, shift, total = found_moments(
             found, block, steps, width, channels, positions, CHANNELS, POSITIONS, PARTS
         )
         sums = found + MOMENTS * tl.num_programs(1) * width
-        sum_d = _found_sum(sums, block, width, channels, CHANNELS, PARTS)
+        sum_d = found_sum(sums, block, width, channels, CHANNELS, PARTS)
         sums += tl.num_programs(1) * width
-        sum_total = _found_sum(sums, block, width, channels, CHANNELS, PARTS)
+        sum_total = found_sum(sums, block, width, channels, CHANNELS, PARTS)
     for first in range(start, stop, POSITIONS):
-        base, offsets, mask = _tile(
+        base, offsets, mask = tile(
             block, first, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
         )
-        t, g = _load(x, base, offsets, mask), _load(gradient, base, offsets, mask)
+        t, g = load(x, base, offsets, mask), load(gradient, base, offsets, mask)
         d = t - centre[:, None] - shift[:, None]
-        u, u_d, u_total, of_deviation, of_total = _energy(
+        u, u_d, u_total, of_deviation, of_total = energy(
             d, total, positions, e_lambda, LEAVE_ONE_OUT
         )
-        terms, _, _ = _pull(t, g, u, u_d, u_total, of_deviation)
-        dx = _settle(terms, d, of_deviation, of_total, sum_d, sum_total, positions)
+        terms, _, _ = pull(t, g, u, u_d, u_total, of_deviation)
+        dx = settle(terms, d, of_deviation, of_total, sum_d, sum_total, positions)
         tl.store(result + base + offsets, dx, mask=mask)
