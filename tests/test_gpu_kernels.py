@@ -150,9 +150,18 @@ def test_poison_stays_in_its_channel(
 
 
 @runs
-def test_lambda_that_float32_cannot_hold() -> None:
-    x = torch.zeros(1, 2, 5, device=DEVICE)
-    assert torch.equal(gpu.run(x, None, 1e-300, "shared"), x)
+@pytest.mark.parametrize("e_lambda", [1e-300, 1e300])
+@pytest.mark.parametrize("parts", [0, 1, 2])
+def test_lambda_that_float32_cannot_hold(
+    e_lambda: float, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(False, 4, 8, 1, 2 // parts, parts) if parts else Plan(True, 4, 16, 1)
+    monkeypatch.setattr(gpu, "choose", lambda *_: plan)
+    # Constant and far from zero: what the tile has beyond the map must not count.
+    x = torch.full((1, 2, 13), 1e4, device=DEVICE)
+    gate = torch.sigmoid(torch.tensor(0.5))
+    torch.testing.assert_close(gpu.run(x, None, e_lambda, "shared").cpu(), x.cpu() * gate)
+    torch.testing.assert_close(gpu.run(x, x, e_lambda, "shared").cpu(), x.cpu() * gate)
 
 
 @runs

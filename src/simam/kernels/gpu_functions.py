@@ -78,8 +78,9 @@ def energy(d, total, positions, e_lambda, LEAVE_ONE_OUT):
         of_deviation = tl.zeros_like(total) + 0.5 / others
         of_total = tl.zeros_like(total) - 1 / others
     else:
-        # A lambda that float32 cannot hold must not make 0 / 0 of a constant channel.
-        q = tl.minimum(0.25 / (total / others + e_lambda), 1e38)
+        # A lambda that float32 cannot hold must not make 0 / 0 of a constant channel, nor may
+        # four times the quotient be infinite.
+        q = tl.minimum(0.25 / (total / others + e_lambda), 1e37)
         u = d * d * q[:, None]
         u_d = d
         u_total = u
