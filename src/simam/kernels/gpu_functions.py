@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 @triton.jit
-def tile(block, start, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS):
+def tile(block, start, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS):
     """Where a tile lies and, from there, its elements; which of them exist.
 
     Divided and multiplied by ALIGN, what neighbours in memory end at stays the same, and the
@@ -26,12 +26,12 @@ def tile(block, start, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSIT
         pitch = channels // ALIGN * ALIGN
         base = (sample * positions + start) * pitch + channel
         offsets = c[:, None] + p[None, :] * pitch
-        mask = (c < pitch - channel)[:, None] & (p < stop - start)[None, :]
+        mask = (c < pitch - channel)[:, None] & (p < positions - start)[None, :]
     else:
         pitch = positions // ALIGN * ALIGN
         base = channel * pitch + start
         offsets = c[:, None] * pitch + p[None, :]
-        mask = (c < channels - channel)[:, None] & (p < stop // ALIGN * ALIGN - start)[None, :]
+        mask = (c < channels - channel)[:, None] & (p < pitch - start)[None, :]
     return base, offsets, mask
 
 
@@ -120,7 +120,7 @@ def find_moments(x, block, start, stop, channels, positions, STRIPS, ALIGN, CHAN
     LeVeque). The centre, the first tile's mean, keeps the digits that a large mean would take.
     """
     base, offsets, mask = tile(
-        block, start, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
+        block, start, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
     )
     centre = tl.sum(load(x, base, offsets, mask), 1) / tl.minimum(stop - start, POSITIONS)
     mean = tl.zeros([CHANNELS, POSITIONS], tl.float32)
@@ -128,7 +128,7 @@ def find_moments(x, block, start, stop, channels, positions, STRIPS, ALIGN, CHAN
     seen = 0.0
     for first in range(start, stop, POSITIONS):
         base, offsets, mask = tile(
-            block, first, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
+            block, first, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
         )
         t = load(x, base, offsets, mask) - centre[:, None]
         seen += 1
@@ -153,7 +153,7 @@ def find_sums(
     sum_total = tl.zeros([CHANNELS, POSITIONS], tl.float32)
     for first in range(start, stop, POSITIONS):
         base, offsets, mask = tile(
-            block, first, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
+            block, first, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
         )
         t, g = load(x, base, offsets, mask), load(gradient, base, offsets, mask)
         d = tl.where(mask, t - centre[:, None] - shift[:, None], 0)

@@ -46,7 +46,7 @@ def forward_whole(
 ):
     """The output, of tiles that hold their channels whole."""
     base, offsets, mask = tile(
-        tl.program_id(0), 0, positions, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
+        tl.program_id(0), 0, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
     )
     t = load(x, base, offsets, mask)
     d, total = deviations(t, mask, positions)
@@ -70,7 +70,7 @@ def backward_whole(
 ):
     """The gradient, of tiles that hold their channels whole."""
     base, offsets, mask = tile(
-        tl.program_id(0), 0, positions, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
+        tl.program_id(0), 0, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
     )
     t = load(x, base, offsets, mask)
     g = load(gradient, base, offsets, mask)
@@ -139,7 +139,7 @@ def forward_along(
         )
     for first in range(start, stop, POSITIONS):
         base, offsets, mask = tile(
-            block, first, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
+            block, first, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
         )
         t = load(x, base, offsets, mask)
         d = t - centre[:, None] - shift[:, None]
@@ -220,7 +220,7 @@ def backward_along(
         sum_total = found_sum(sums, block, width, channels, CHANNELS, PARTS)
     for first in range(start, stop, POSITIONS):
         base, offsets, mask = tile(
-            block, first, stop, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
+            block, first, channels, positions, STRIPS, ALIGN, CHANNELS, POSITIONS
         )
         t, g = load(x, base, offsets, mask), load(gradient, base, offsets, mask)
         d = t - centre[:, None] - shift[:, None]
