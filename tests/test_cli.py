@@ -366,7 +366,8 @@ def test_what_to_do_about_an_input_size(capsys: Capture) -> None:
 
 def test_unknown_command(capsys: Capture) -> None:
     told = message(capsys, "rapport")
-    assert re.match(r"argument COMMAND: invalid choice: 'rapport' \(choose from '?report'?\)", told)
+    choice = r"argument COMMAND: invalid choice: 'rapport' \(choose from '?report'?, '?maps'?\)"
+    assert re.match(choice, told)
 
 
 def test_help_without_arguments(capsys: Capture) -> None:
@@ -406,7 +407,7 @@ def test_as_a_module() -> None:
 
 
 def test_the_command_brings_no_model_library() -> None:
-    optional = {"timm", "torchvision", "tqdm", "safetensors"}
+    optional = {"timm", "torchvision", "tqdm", "safetensors", "matplotlib", "PIL"}
     program = "import sys; {}; print(*sys.modules)"
     brought = [
         set(

@@ -3,8 +3,19 @@
 from . import functional
 from .attach import attach, detach
 from .kernels import kernels_info
+from .maps import attention_maps
 from .module import SimAM
 from .planning import Insertion, Plan, plan
 
-__all__ = ["Insertion", "Plan", "SimAM", "attach", "detach", "functional", "kernels_info", "plan"]
+__all__ = [
+    "Insertion",
+    "Plan",
+    "SimAM",
+    "attach",
+    "attention_maps",
+    "detach",
+    "functional",
+    "kernels_info",
+    "plan",
+]
 __version__ = "0.1.0.dev0"

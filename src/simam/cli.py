@@ -2,20 +2,26 @@
 
 import argparse
 import json
+import re
 import sys
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import NoReturn
 
-from . import __version__
+from . import __version__, overlay, photographs
+from .attach import attach
 from .module import SimAM
 from .report import Progress, Report, measure
 from .zoo import UserError, build, by
 
 _WIDTH = 96
+_MODEL = (
+    "NAME, torchvision/NAME or timm/NAME; a bare NAME is torchvision's if it has one, else timm's"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +66,39 @@ def _report(options: argparse.Namespace) -> None:
             progress=progress,
         )
     print(json.dumps(asdict(report)) if options.json else _text(report))
+
+
+def _maps(options: argparse.Namespace) -> None:
+    overlay.check_output(options.output, options.images)
+    images = [photographs.read(path) for path in options.images]
+    with _progress() as progress:
+        progress(f"building {options.model}", 0, 1)
+        subject = build(options.model, options.weights)
+        try:
+            attach(
+                subject.model,
+                e_lambda=options.e_lambda,
+                statistics=options.statistics,
+                where=options.where,
+                exclude=options.exclude,
+            )
+        except (TypeError, ValueError) as error:
+            # Where the library says where=, the command line says --where.
+            raise UserError(re.sub(r"\b(where|exclude)=(,?) ?", r"--\1\2 ", str(error))) from error
+        seen, layers = photographs.look(
+            subject,
+            images,
+            options.layers,
+            statistics=options.statistics,
+            progress=progress,
+        )
+        progress("drawing", 0, 1)
+        weights = f"weights: {Path(options.weights).name if options.weights else 'random'}"
+        other = f", statistics={options.statistics!r}" * (options.statistics != "shared")
+        title = f"{subject.name}, {weights}, SimAM(e_lambda={options.e_lambda:g}{other})"
+        names = [Path(path).name for path in options.images]
+        overlay.save(overlay.draw(names, seen, layers, title), options.output)
+    print(f"{options.output}: {', '.join(layer.path for layer in layers)} of {title}")
 
 
 def _text(report: Report) -> str:
@@ -155,22 +194,8 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"simam {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    report = commands.add_parser(
-        "report",
-        help="show what SimAM does to a model",
-        description="Show where SimAM goes in a model of torchvision or timm, and compare "
-        "parameters, multiply-adds and forward time before and after. Nothing is downloaded.",
-    )
-    report.set_defaults(run=_report)
-    add = report.add_argument
-    add(
-        "model",
-        nargs="?",
-        default="resnet18",
-        metavar="MODEL",
-        help="NAME, torchvision/NAME or timm/NAME; a bare NAME is torchvision's if it has one, "
-        "else timm's (default: resnet18)",
-    )
+    insertion = _Parser(add_help=False)
+    add = insertion.add_argument
     add("--weights", metavar="FILE", help="state dict to load: .pt, .pth or .safetensors")
     add(
         "--e-lambda",
@@ -193,6 +218,23 @@ def _parser() -> _Parser:
         help="put SimAM after the convolutions whose paths match",
     )
     add("--exclude", nargs="+", action="extend", metavar="GLOB", help="leave these places out")
+
+    report = commands.add_parser(
+        "report",
+        parents=[insertion],
+        help="show what SimAM does to a model",
+        description="Show where SimAM goes in a model of torchvision or timm, and compare "
+        "parameters, multiply-adds and forward time before and after. Nothing is downloaded.",
+    )
+    report.set_defaults(run=_report)
+    add = report.add_argument
+    add(
+        "model",
+        nargs="?",
+        default="resnet18",
+        metavar="MODEL",
+        help=f"{_MODEL} (default: resnet18)",
+    )
     add(
         "--input-size",
         nargs="+",
@@ -211,6 +253,32 @@ def _parser() -> _Parser:
         "--json",
         action="store_true",
         help="print one JSON object; simam.report.Report documents its keys",
+    )
+
+    maps = commands.add_parser(
+        "maps",
+        parents=[insertion],
+        help="draw what a model with SimAM attends to in photographs",
+        description="Put SimAM into a model of torchvision or timm, and draw photographs, the "
+        "gates of its layers laid over them, and histograms of the gates. Nothing is downloaded.",
+    )
+    maps.set_defaults(run=_maps)
+    add = maps.add_argument
+    add("model", metavar="MODEL", help=_MODEL)
+    add("images", nargs="+", metavar="IMAGE", help="photographs, right after MODEL")
+    add(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="the picture to write: .png, .pdf, .svg or another format of matplotlib",
+    )
+    add(
+        "--layers",
+        nargs="+",
+        action="extend",
+        metavar="GLOB",
+        help="draw the layers whose paths match (default: the last of each resolution)",
     )
     return parser
 
