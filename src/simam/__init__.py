@@ -2,6 +2,7 @@
 
 from . import functional
 from .attach import attach, detach
+from .checkpoints import load_checkpoint
 from .kernels import kernels_info
 from .maps import attention_maps
 from .module import SimAM
@@ -16,6 +17,7 @@ __all__ = [
     "detach",
     "functional",
     "kernels_info",
+    "load_checkpoint",
     "plan",
 ]
 __version__ = "0.1.0.dev0"

@@ -5,20 +5,19 @@ Nothing here downloads: models are built with random weights.
 
 import importlib
 import inspect
-import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from .weights import read_state_dict, some
 
 _EXTRA = 'pip install "simam[timm]"'
 _FRAMES = 16  # of a video clip; the fewest that every video model of torchvision takes
-_EXPECTED = 'a state dict (names to tensors), by itself or as "state_dict" or "model" of a dict'
 
 
 class UserError(Exception):
@@ -119,7 +118,12 @@ def load_weights(model: nn.Module, path: str) -> None:
     Raises:
         UserError: the file cannot be read, holds something else, or does not fit the model.
     """
-    state = _state_dict(path, _read(path))
+    try:
+        state = read_state_dict(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from error
     own = model.state_dict()
     misshaped = [k for k in own if k in state and state[k].shape != own[k].shape]
     fitting = {k: tensor for k, tensor in state.items() if k not in misshaped}
@@ -132,7 +136,7 @@ def load_weights(model: nn.Module, path: str) -> None:
             f"{k} (expected {by(own[k].shape)}, got {by(state[k].shape)})" for k in misshaped
         ],
     }
-    problems = [f"{len(keys)} {what}: {_first(keys)}" for what, keys in wrong.items() if keys]
+    problems = [f"{len(keys)} {what}: {some(keys)}" for what, keys in wrong.items() if keys]
     if problems:
         raise UserError(
             f"the weights in {path} are not those of this model, which has {len(own)} tensors; "
@@ -160,51 +164,6 @@ def _load(package: str) -> Any:
         return importlib.import_module(package)
     except (ImportError, RuntimeError) as error:  # torchvision of another torch: RuntimeError
         raise UserError(f"{package} cannot be imported ({summary(error)}): {_EXTRA}") from error
-
-
-def _read(path: str) -> Any:
-    try:
-        if path.endswith(".safetensors"):
-            return _load("safetensors.torch").load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except UserError:
-        raise
-    except Exception as error:  # what is no file of weights may break anywhere in the reader
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted:
-            detail = f"it asks for {wanted[1]}"
-        elif isinstance(error, UnpicklingError):  # whose message is a page about weights_only
-            detail = "a pickle of a form that is not read safely"
-        else:
-            detail = summary(error)
-        raise UserError(
-            f"{path} is refused: {detail}. A file that holds more than tensors could run code; "
-            "expected one written by torch.save(model.state_dict(), ...) or a .safetensors file"
-        ) from error
-
-
-def _state_dict(path: str, content: Any) -> dict[str, Tensor]:
-    state = content
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            state = content[key]
-            break
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, expected {_EXPECTED}")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise UserError(
-                f"{path} holds {key!r} with a {type(value).__name__}, expected {_EXPECTED}"
-            )
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
-    return state
-
-
-def _first(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 
 def _from_torchvision(torchvision: Any, name: str) -> Subject:
