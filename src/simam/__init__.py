@@ -7,6 +7,7 @@ from .kernels import kernels_info
 from .maps import attention_maps
 from .module import SimAM
 from .planning import Insertion, Plan, plan
+from .warmstart import recalibrate
 
 __all__ = [
     "Insertion",
@@ -19,5 +20,6 @@ __all__ = [
     "kernels_info",
     "load_checkpoint",
     "plan",
+    "recalibrate",
 ]
 __version__ = "0.1.0.dev0"

@@ -32,8 +32,8 @@ def attach(
     """Insert SimAM into a network, in place, without renaming a parameter or a buffer.
 
     State dicts of the plain network load before and after. A pretrained network is not accurate
-    right after: its batch norms now see inputs scaled by 0.62 to 1. Fine-tune it, or re-estimate
-    its batch-norm statistics, before it is used or judged.
+    right after: its batch norms now see inputs scaled by 0.62 to 1. Fine-tune it. Short of
+    that, `recalibrate` brings most of its accuracy back, and the more the fewer stages get SimAM.
 
     Convolutions that already have a SimAM get one with the new options; others keep theirs.
     Fold re-parameterisable blocks (`fuse`, timm's `reparameterize_model`) before attaching:
