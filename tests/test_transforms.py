@@ -148,7 +148,7 @@ def test_autocast_changes_nothing(
     assert torch.equal(gradient, expected_gradient)
 
 
-@pytest.mark.parametrize(("device", "mode"), [("meta", nullcontext), ("cpu", FakeTensorMode)])
+@pytest.mark.parametrize(("place", "mode"), [("meta", nullcontext), ("cpu", FakeTensorMode)])
 @every_function
 @both_statistics
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -167,12 +167,12 @@ def test_tensors_without_values(
     statistics: str,
     dtype: torch.dtype,
     shape: tuple[int, ...],
-    device: str,
+    place: str,
     mode: type[AbstractContextManager],
 ) -> None:
     real = function(torch.ones(shape, dtype=dtype).mT, statistics=statistics)
     with mode():
-        x = torch.empty(shape, dtype=dtype, device=device).mT.requires_grad_()
+        x = torch.empty(shape, dtype=dtype, device=place).mT.requires_grad_()
         output = function(x, statistics=statistics)
         (gradient,) = torch.autograd.grad(output, x, torch.empty_like(output))
     assert output.device == gradient.device == x.device
