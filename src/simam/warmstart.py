@@ -252,7 +252,8 @@ def _find_norms(model: nn.Module) -> dict[str, Any]:
     }
     if norms:
         return norms
-    kinds = sorted({type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__})
+    leaves = (module for module in model.modules() if not list(module.children()))
+    kinds = sorted({type(m).__name__ for m in leaves if "Norm" in type(m).__name__})
     raise ValueError(
         "recalibrate does not apply: expected batch norms with running statistics, got "
         f"{', '.join(kinds) or 'no norm'}. Layer, group and instance norms measure "
