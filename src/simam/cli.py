@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import sys
 import textwrap
 import warnings
@@ -16,7 +15,7 @@ from . import __version__, overlay, photographs
 from .attach import attach
 from .module import SimAM
 from .report import Progress, Report, measure
-from .zoo import UserError, build, by
+from .zoo import UserError, build, by, options_named
 
 _WIDTH = 96
 _MODEL = (
@@ -74,7 +73,7 @@ def _maps(options: argparse.Namespace) -> None:
     with _progress() as progress:
         progress(f"building {options.model}", 0, 1)
         subject = build(options.model, options.weights)
-        try:
+        with options_named():
             attach(
                 subject.model,
                 e_lambda=options.e_lambda,
@@ -82,9 +81,6 @@ def _maps(options: argparse.Namespace) -> None:
                 where=options.where,
                 exclude=options.exclude,
             )
-        except (TypeError, ValueError) as error:
-            # Where the library says where=, the command line says --where.
-            raise UserError(re.sub(r"\b(where|exclude)=(,?) ?", r"--\1\2 ", str(error))) from error
         seen, layers = photographs.look(
             subject,
             images,

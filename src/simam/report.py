@@ -2,7 +2,6 @@
 
 import copy
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import __version__
 from .attach import attach
 from .planning import Insertion, plan
-from .zoo import Subject, UserError, by, spaced, summary
+from .zoo import Subject, UserError, by, options_named, spaced, summary
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
@@ -127,7 +126,7 @@ def measure(
     """
     plain, inputs = subject.model, subject.inputs(shape)
     progress("planning", 0, 1)
-    try:
+    with options_named():
         planned = plan(plain, where=where, exclude=exclude)
         outputs: dict[str, list[torch.Size]] = {insertion.path: [] for insertion in planned}
         attached = attach(
@@ -136,10 +135,6 @@ def measure(
             statistics=statistics,
             where=lambda path, _: path in outputs,
         )
-    except (TypeError, ValueError) as error:
-        # Where the library says where=, the command line says --where.
-        message = re.sub(r"\b(where|exclude)=(,?) ?", r"--\1\2 ", str(error))
-        raise UserError(message) from error
 
     with torch.no_grad():
         hooks = [_record(plain.get_submodule(path), sizes) for path, sizes in outputs.items()]

@@ -5,8 +5,10 @@ Nothing here downloads: models are built with random weights.
 
 import importlib
 import inspect
+import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
@@ -18,6 +20,18 @@ from .weights import read_state_dict, some
 
 _EXTRA = 'pip install "simam[timm]"'
 _FRAMES = 16  # of a video clip; the fewest that every video model of torchvision takes
+
+
+@contextmanager
+def options_named() -> Iterator[None]:
+    """Turns the library's refusal of an argument into the user's error.
+
+    Where the library says where=, the command line says --where.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UserError(re.sub(r"\b(where|exclude)=(,?) ?", r"--\1\2 ", str(error))) from error
 
 
 class UserError(Exception):
