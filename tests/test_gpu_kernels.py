@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import check, lay_out, normal
 
-from simam import composite
+from simam import composite, kernels
 from simam.kernels import gpu
 from simam.kernels.gpu import Plan
 
@@ -183,6 +184,38 @@ def test_nothing_is_read_or_written_beyond_the_map(monkeypatch: pytest.MonkeyPat
         x = x.reshape(2, 21, 3).movedim(2, 1) if strips else x.reshape(shape)
         assert not gpu.run(x, None, 0.1, "shared").isnan().any()
         assert not gpu.run(x, x, 0.1, "shared").isnan().any()
+
+
+class OnAGPU(SimpleNamespace):
+    """As much of a tensor on a GPU as routing looks at."""
+
+    is_cpu, is_cuda, device = False, True, torch.device("cuda", 0)
+
+
+def test_what_the_kernels_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "missing", "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    gpu.able.cache_clear()
+    assert all(kernels.serve(OnAGPU(dtype=dtype)) for dtype in gpu.DTYPES)
+    assert not kernels.serve(OnAGPU(dtype=torch.float64))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    gpu.able.cache_clear()
+    assert not kernels.serve(OnAGPU(dtype=torch.float32))
+    gpu.able.cache_clear()
+    monkeypatch.setattr(gpu, "missing", "Triton is not installed")
+    assert not kernels.serve(OnAGPU(dtype=torch.float32))
+
+
+def test_missing_triton_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels._warn.cache_clear()
+    monkeypatch.setattr(gpu, "missing", "Triton is not installed")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    kernels.tell_missing(OnAGPU())  # of another maker, for which there is no kernel to miss
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.warns(RuntimeWarning, match=r"without its fused GPU kernel, .*: Triton is not"):
+        kernels.tell_missing(OnAGPU())
+    kernels.tell_missing(OnAGPU())
+    kernels._warn.cache_clear()
 
 
 @given(

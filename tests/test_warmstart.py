@@ -532,12 +532,14 @@ def test_reference_of_the_same_network_changes_nothing() -> None:
 
 def test_reference_of_another_network() -> None:
     plain, attached = plain_and_attached()
-    plain[5] = nn.BatchNorm2d(6)
     told = re.escape(
-        "reference must be the same network without SimAM, not wrapped; its batch norms differ at 5"
+        "reference must be the same network without SimAM, on the same device and not wrapped; its "
+        "batch norms differ at 5"
     )
-    with pytest.raises(ValueError, match=f"^{told}$"):
-        recalibrate(attached, tensors(4), reference=plain)
+    for other in (nn.BatchNorm2d(6), nn.BatchNorm2d(5, device="meta")):
+        plain[5] = other
+        with pytest.raises(ValueError, match=f"^{told}$"):
+            recalibrate(attached, tensors(4), reference=plain)
     with pytest.raises(TypeError, match=r"Module"):
         recalibrate(attached, tensors(4), reference="plain")
 

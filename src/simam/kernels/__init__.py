@@ -84,7 +84,7 @@ def tell_missing(x: Tensor) -> None:
     """Warn, once for a type of device, that a fused kernel that should be there is not."""
     if x.is_cpu and cpu.missing:
         _warn("CPU", cpu.missing)
-    elif x.is_cuda and gpu.missing:
+    elif x.is_cuda and gpu.missing and torch.version.cuda is not None:  # not on AMD's
         _warn("GPU", gpu.missing)
 
 

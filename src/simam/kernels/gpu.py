@@ -179,7 +179,7 @@ def _kernels() -> Any:
 
 
 def _find_missing() -> str:
-    if torch.version.cuda is None:
+    if torch.version.cuda is None:  # or it is built for AMD, where no kernel was tried
         return "this torch is built without CUDA"
     if find_spec("triton") is None:
         return "Triton, which torch brings along on Linux, is not installed; install triton"
