@@ -1,0 +1,1 @@
+"""What the training scripts share: recipes, data, networks, and runs that can go on."""
