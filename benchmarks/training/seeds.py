@@ -18,7 +18,7 @@ def seed(*place: int) -> None:
     numbers = np.random.SeedSequence(place).generate_state(2)
     torch.manual_seed((int(numbers[0]) << 32) + int(numbers[1]))
     random.seed(int(numbers[0]))
-    np.random.seed(int(numbers[1]))  # noqa: NPY002: what libraries of transforms draw from
+    np.random.seed(int(numbers[1]))  # libraries of transforms draw from it
 
 
 class Seeded(Dataset):
