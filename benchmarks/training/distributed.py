@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from timm.utils import init_distributed_device_so
+from timm.utils import init_distributed_device
 from torch import Tensor
 
 from simam.zoo import UserError
@@ -60,9 +61,10 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         raise UserError(f"--device: expected cpu or cuda, got {device!r}") from error
     if asked.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; use --device cpu")
-    found = init_distributed_device_so(device)
+    found = SimpleNamespace(device=device)
+    init_distributed_device(found)
     try:
-        yield Processes(found["global_rank"], found["world_size"], torch.device(found["device"]))
+        yield Processes(found.rank, found.world_size, torch.device(found.device))
     finally:
-        if found["distributed"]:
+        if found.distributed:
             dist.destroy_process_group()

@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,22 @@ class Journal:
 
 
 def draw(rows: list[dict[str, Any]], curves: Mapping[str, tuple[str, ...]], path: Path) -> None:
-    """Draw columns of rows over the epochs, one plot for every title.
+    """Draw columns of rows over the epochs, one plot for every title."""
+    with picture(path, 5 * len(curves), 3.6) as figure:
+        plots = figure.subplots(1, len(curves), squeeze=False)[0]
+        for axes, (title, columns) in zip(plots, curves.items(), strict=True):
+            for column in columns:
+                axes.plot(
+                    range(1, len(rows) + 1), [row[column] for row in rows], ".-", label=column
+                )
+            axes.set(title=title, xlabel="epoch")
+            axes.grid(alpha=0.3)
+            axes.legend()
+
+
+@contextmanager
+def picture(path: Path, width: float, height: float) -> Iterator[Any]:
+    """A figure of matplotlib to draw into, which becomes a PNG file in the end.
 
     Raises:
         UserError: matplotlib is missing.
@@ -73,16 +89,8 @@ def draw(rows: list[dict[str, Any]], curves: Mapping[str, tuple[str, ...]], path
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(f"curves need matplotlib ({error}): {_EXTRA}") from error
-    figure = Figure(figsize=(5 * len(curves), 3.6), layout="constrained")
-    epochs = range(1, len(rows) + 1)
-    for axes, (title, columns) in zip(
-        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
-    ):
-        for column in columns:
-            axes.plot(epochs, [row[column] for row in rows], marker=".", label=column)
-        axes.set(title=title, xlabel="epoch")
-        axes.grid(alpha=0.3)
-        axes.legend()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write_whole(path, lambda file: file.write(buffer.getvalue()))

@@ -16,9 +16,13 @@ from torch.utils.data import Dataset, Sampler
 def seed(*place: int) -> None:
     """Seed all generators of this process by a place: (seed, epoch, image), for instance."""
     numbers = np.random.SeedSequence(place).generate_state(2)
-    torch.manual_seed((int(numbers[0]) << 32) + int(numbers[1]))
-    random.seed(int(numbers[0]))
-    np.random.seed(int(numbers[1]))  # libraries of transforms draw from it
+    first, second = map(int, numbers)
+    # Not torch.manual_seed: for an image, asking every kind of device takes longer than the crop.
+    torch.default_generator.manual_seed((first << 32) + second)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all((first << 32) + second)
+    random.seed(first)
+    np.random.seed(second)  # libraries of transforms draw from it
 
 
 class Seeded(Dataset):

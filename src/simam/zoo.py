@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -85,20 +85,25 @@ class Subject:
         return (samples, samples.flip(-1)) if self.takes == "pair" else (samples,)
 
 
-def build(name: str, weights: str | None = None) -> Subject:
-    """Build a model by its name, with weights from a file, or random ones that never change.
+def build(
+    name: str, weights: str | None = None, *, seed: int = 0, num_classes: int | None = None
+) -> Subject:
+    """Build a model by its name, with weights from a file, or random ones.
 
     Args:
         name (str): `torchvision/NAME`, `timm/NAME`, or a bare NAME: torchvision's model of that
             name if there is one, else timm's. timm's names may have a tag, which chooses the
             input size.
         weights (str, optional): see `load_weights`.
+        seed (int): of the random weights, which are the same at every call.
+        num_classes (int, optional): outputs of the classifier, if not as in the library.
 
     Raises:
         UserError: the name is unknown, its library is missing, or as `load_weights`.
     """
     prefix, _, rest = name.partition("/")
     libraries, name = ([prefix], rest) if prefix in _LIBRARIES else (list(_LIBRARIES), name)
+    arguments = {} if num_classes is None else {"num_classes": num_classes}
     close, missing = [], []
     for library in libraries:
         list_names, make = _LIBRARIES[library]
@@ -110,8 +115,8 @@ def build(name: str, weights: str | None = None) -> Subject:
         names = list_names(package)
         if name in names:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                subject = make(package, name)
+                torch.manual_seed(seed)
+                subject = make(package, name, arguments)
             if weights is not None:
                 load_weights(subject.model, weights)
             return replace(subject, weights=weights)
@@ -180,11 +185,12 @@ def _load(package: str) -> Any:
         raise UserError(f"{package} cannot be imported ({summary(error)}): {_EXTRA}") from error
 
 
-def _from_torchvision(torchvision: Any, name: str) -> Subject:
+def _from_torchvision(torchvision: Any, name: str, arguments: dict[str, int]) -> Subject:
     models = torchvision.models
     builder = models.get_model_builder(name)
     takes_backbone = "weights_backbone" in inspect.signature(builder).parameters
-    model = builder(weights=None, **({"weights_backbone": None} if takes_backbone else {}))
+    backbone = {"weights_backbone": None} if takes_backbone else {}
+    model = builder(weights=None, **backbone, **arguments)
     transforms = [weights.transforms for weights in models.get_model_weights(name)]
     crops = [getattr(transform, "keywords", {}).get("crop_size", 224) for transform in transforms]
     # Published weights may differ in it; the smallest is what the architecture is built for.
@@ -202,8 +208,8 @@ def _from_torchvision(torchvision: Any, name: str) -> Subject:
     return Subject(name, "torchvision", torchvision.__version__, model.eval(), input_size, takes)
 
 
-def _from_timm(timm: Any, name: str) -> Subject:
-    model = timm.create_model(name, pretrained=False).eval()
+def _from_timm(timm: Any, name: str, arguments: dict[str, int]) -> Subject:
+    model = timm.create_model(name, pretrained=False, **arguments).eval()
     return Subject(name, "timm", timm.__version__, model, tuple(model.pretrained_cfg["input_size"]))
 
 
@@ -215,7 +221,9 @@ def _timm_names(timm: Any) -> list[str]:
     return [*timm.list_models(), *timm.list_pretrained()]  # without and with tags
 
 
-_LIBRARIES: dict[str, tuple[Callable[[Any], list[str]], Callable[[Any, str], Subject]]] = {
+_Make: TypeAlias = Callable[[Any, str, dict[str, int]], Subject]
+
+_LIBRARIES: dict[str, tuple[Callable[[Any], list[str]], _Make]] = {
     "torchvision": (_torchvision_names, _from_torchvision),
     "timm": (_timm_names, _from_timm),
 }
