@@ -1,6 +1,7 @@
 """Labelled images to train on and to test on, from files on disk or embedded in a package."""
 
 import gzip
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,9 +122,10 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
     except (OSError, EOFError) as error:
         raise UserError(f"{path} is damaged: {summary(error)}") from error
     start = 4 + 4 * dimensions
-    sizes = np.frombuffer(content[4:start], ">u4")
-    values = np.frombuffer(content[start:], np.uint8)
-    if content[:4] != bytes((0, 0, 8, dimensions)) or values.size != np.prod(sizes, dtype=int):
+    sizes, values = [], np.frombuffer(content[start:], np.uint8)
+    if len(content) >= start and content[:4] == bytes((0, 0, 8, dimensions)):
+        sizes = np.frombuffer(content[4:start], ">u4").tolist()
+    if not sizes or values.size != math.prod(sizes):
         raise UserError(f"{path} is damaged: expected an IDX file of rank {dimensions}, of bytes")
     return values.reshape(sizes)
 

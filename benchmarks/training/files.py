@@ -5,6 +5,7 @@ run killed in between is left without. It also stores the arguments as an object
 the file safely takes an exception.
 """
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -52,9 +53,11 @@ def load(path: Path) -> dict[str, Any]:
         UserError: the file is missing, damaged, or no checkpoint of a run.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        file = io.BytesIO(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what is no checkpoint may break anywhere in the reader
         raise UserError(f"{path} is damaged or no checkpoint: {summary(error)}") from error
     if not isinstance(content, dict) or "state_dict" not in content:
