@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from simam.zoo import UserError
 
 pytest.importorskip("timm", reason="the scripts need timm")
+Image = importlib.import_module("PIL.Image")
 datasets = importlib.import_module("training.datasets")
 recipes = importlib.import_module("training.recipes")
 

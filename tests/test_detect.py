@@ -25,10 +25,13 @@ from detection.models import build
 from training.distributed import Processes
 from training.seeds import Batches, seed
 
+import simam
 from simam.zoo import UserError
 
 HERE = Processes(0, 1, torch.device("cpu"))
 SPLITS = ["--splits", "train", "val"]
+FOLDERS = [str(Path(module.__file__).parents[n]) for n, module in enumerate((detect, simam))]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(FOLDERS), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +186,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
         [*command, detect.__file__, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         check=False,
     )
 
@@ -218,6 +221,29 @@ def test_two_processes_train_as_one_that_takes_two_turns(
 def tiny_start() -> dict[str, torch.Tensor]:
     seed(0)
     return build(tiny(norm_eval=True), 3).state_dict()
+
+
+def work(rank: int, data: str, folder: str) -> None:
+    """One of two processes whose norms see other images."""
+    torch.set_num_threads(1)
+    where = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    try:
+        examples = Examples(read(Path(data), "train", masks=True), masks=True, flip=0.0)
+        seed(0)
+        batches = Batches(8, 4, 0, rank=rank, processes=2)
+        here = Processes(rank, 2, torch.device("cpu"))
+        trainer = Trainer(build(tiny(), 3), tiny(), here, examples, batches)
+        losses = trainer.epoch()
+        torch.save({"losses": losses, "state_dict": trainer.model.state_dict()}, f"{folder}/{rank}")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_evaluate_the_same_network(data: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(work, args=(str(data), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / rank, weights_only=True) for rank in "01")
+    assert same(first, second)
 
 
 def test_two_processes_evaluate_as_one(data: Path, shared: Path, tmp_path: Path) -> None:
@@ -429,16 +455,10 @@ def test_a_missing_package_is_named_with_what_brings_it() -> None:
         [sys.executable, "-c", code, detect.__file__],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path[:0], *paths()])},
+        env=ENVIRONMENT,
         check=False,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("detect.py: error: ")
     assert "pycocotools" in done.stderr
     assert done.stderr.endswith('pip install "simam[train]"\n')
-
-
-def paths() -> list[str]:
-    import simam
-
-    return [str(Path(detect.__file__).parent), str(Path(simam.__file__).parents[1])]

@@ -66,7 +66,7 @@ def test_a_mirrored_image_takes_boxes_and_masks_along(tmp_path: Path) -> None:
 
 def test_half_of_the_images_are_mirrored_as_the_seed_says(tmp_path: Path) -> None:
     examples = Examples(stored(tmp_path, content()), masks=False, flip=0.5)
-    plain = examples.images and Examples(examples.split, masks=False, flip=0.0)[0][0]
+    plain, _ = Examples(examples.split, masks=False, flip=0.0)[0]
 
     def mirrored(number: int) -> bool:
         seed(number)

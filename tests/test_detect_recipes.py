@@ -112,7 +112,7 @@ def test_the_norms_of_the_paper_keep_their_statistics_and_learn_the_rest(model: 
     for name, norm in norms.items():
         learns = not name.startswith(("backbone.body.bn1", "backbone.body.layer1"))
         assert norm.weight.requires_grad == norm.bias.requires_grad == learns
-    norm, before = model.backbone.body.layer2[0].bn1, {}
+    norm = model.backbone.body.layer2[0].bn1
     before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
     norm(torch.randn(2, 128, 4, 4))
     assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())

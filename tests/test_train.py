@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from authors_networks import filled, publish
-from PIL import Image
 from torch import Tensor, nn
 
 import simam
 
 pytest.importorskip("timm", reason="the scripts need timm")
+Image = importlib.import_module("PIL.Image")
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 train = importlib.import_module("train")
 engine = importlib.import_module("training.engine")

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -101,6 +102,8 @@ class Trainer:
             self.scaler.update()
             self.optimizer.zero_grad()
             self.step += 1
+        if self.processes.size > 1:  # each has seen other images; the first one's are kept
+            distribute_bn(self.model, self.processes.size)
         values = self.processes.total(torch.stack(list(sums.values())))
         values = values / (steps * parts * self.processes.size)
         return dict(zip(sums, values.tolist(), strict=True))

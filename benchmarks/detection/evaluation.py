@@ -68,20 +68,20 @@ def in_coco_format(
     result: dict[str, Tensor], image: int, categories: list[int]
 ) -> list[dict[str, Any]]:
     """What a detector of torchvision says of one image, in COCO's format."""
-    found = []
-    masks = result.get("masks")
-    for number, box in enumerate(result["boxes"].tolist()):
-        x0, y0, x1, y1 = box
-        detection = {
+    boxes, labels, scores = (result[name].tolist() for name in ("boxes", "labels", "scores"))
+    found = [
+        {
             "image_id": image,
-            "category_id": categories[int(result["labels"][number]) - 1],
-            "score": float(result["scores"][number]),
+            "category_id": categories[label - 1],
+            "score": score,
             "bbox": [x0, y0, x1 - x0, y1 - y0],
         }
-        if masks is not None:
-            mask = (masks[number, 0] > 0.5).cpu().numpy()
-            detection["segmentation"] = rle.encode(np.asfortranarray(mask, np.uint8))
-        found.append(detection)
+        for (x0, y0, x1, y1), label, score in zip(boxes, labels, scores, strict=True)
+    ]
+    if "masks" in result:
+        masks = (result["masks"][:, 0] > 0.5).byte().cpu().numpy()
+        for detection, mask in zip(found, masks, strict=True):
+            detection["segmentation"] = rle.encode(np.asfortranarray(mask))
     return found
 
 
