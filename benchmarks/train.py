@@ -6,6 +6,7 @@ torchrun --nproc-per-node=4 benchmarks/train.py ...
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -116,6 +117,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """
     with processes(options.device) as group:
         if options.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
             torch.use_deterministic_algorithms(True)
         recipe = replace(RECIPES[options.recipe], **{n: vars(options)[n] for n in OF_THE_RECIPE})
         data = datasets.load(options.dataset, options.data, recipe)
