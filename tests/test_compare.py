@@ -80,6 +80,7 @@ def test_for_real(
     arguments = ["--seeds", "1", "--only", "none", "simam", "--output", str(tmp_path)]
     arguments += ["--seconds", "0.1", "--dataset", "digits", "--epochs", "1", "--batch-size", "128"]
     monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as here, so that sums come out the same
     compare.main()
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "results.json").read_text())

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import simam
 from simam.zoo import UserError
 
 pytest.importorskip("timm", reason="the scripts need timm")
@@ -34,7 +35,7 @@ while True:
 @pytest.mark.parametrize("delay", [0.0, 0.003, 0.007, 0.013, 0.03])
 def test_killed_in_the_middle_of_a_save(tmp_path: Path, delay: float) -> None:
     path = tmp_path / "last.pth"
-    folders = [str(Path(files.__file__).parents[1]), str(Path(__file__).parents[1] / "src")]
+    folders = [str(Path(files.__file__).parents[1]), str(Path(simam.__file__).parents[1])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, env=environment

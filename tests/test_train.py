@@ -28,7 +28,9 @@ networks = importlib.import_module("training.networks")
 files = importlib.import_module("training.files")
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+# The simam that is tested here, and sums in the order in which they are taken here.
+SIMAM = str(Path(simam.__file__).parents[1])
+ENVIRONMENT = os.environ | {"PYTHONPATH": SIMAM, "OMP_NUM_THREADS": "1"}
 SCRIPT = str(ROOT / "benchmarks" / "train.py")
 
 
