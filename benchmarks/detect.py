@@ -110,7 +110,8 @@ def train(options: argparse.Namespace, group: Processes) -> Figures | None:
         start = time.perf_counter()
         row: dict[str, Any] = {"epoch": len(rows) + 1} | trainer.epoch()
         row["lr"] = trainer.optimizer.param_groups[0]["lr"]
-        figures = measure(trainer.model, val, recipe, group, options)
+        done = row["epoch"] == recipe.epochs
+        figures = measure(trainer.model, val, recipe, group, options, picture=done)
         row |= {f"{kind} {name}": found[name] for kind, found in figures.items() for name in LOGGED}
         row |= {"steps": trainer.step, "seconds": round(time.perf_counter() - start, 2)}
         if journal:
@@ -210,12 +211,15 @@ def measure(
     recipe: Recipe,
     group: Processes,
     options: argparse.Namespace,
+    *,
+    picture: bool = True,
 ) -> Figures:
     """All figures of a detector, and the files that show them."""
     detections = detect(model, val, group, workers=options.workers)
     figures = score(val, detections, masks=recipe.masks)
     if group.first:
         write_json(figures, options.output / "evaluation.json")
+    if group.first and picture:
         drawing.draw(val, detections, options.output / "detections.png")
     return figures
 

@@ -18,6 +18,7 @@ TINY = {
     "channels": 8,
     "regions": 8,
     "batch_size": 4,
+    "lr": 0.02,
     "warmup_steps": 2,
 }
 TINY_OPTIONS = [word for k, v in TINY.items() for word in (f"--{k.replace('_', '-')}", str(v))]
