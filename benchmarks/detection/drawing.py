@@ -30,9 +30,8 @@ def draw(split: Split, detections: list[dict[str, Any]], path: Path) -> None:
             plot.axis("off")
         for plot, (image, number) in zip(figure.axes, Images(split), strict=False):
             canvas = image.permute(1, 2, 0).numpy().copy()
-            for found in detections:
-                if found["image_id"] != number or found["score"] < LEAST:
-                    continue
+            drawn = [d for d in detections if d["image_id"] == number and d["score"] >= LEAST]
+            for found in sorted(drawn, key=lambda d: d["score"]):  # the surest on top
                 colour = np.array(_colour(list(names).index(found["category_id"])))
                 if "segmentation" in found:
                     mask = rle.decode(found["segmentation"]).astype(bool)
@@ -42,7 +41,10 @@ def draw(split: Split, detections: list[dict[str, Any]], path: Path) -> None:
                     [x, x + width, x + width, x, x], [y, y, y + height, y + height, y], c=colour
                 )
                 label = f"{names[found['category_id']]} {found['score']:.2f}"
-                plot.text(x, y, label, va="bottom", fontsize=8, c="white", backgroundcolor=colour)
+                text = plot.text(
+                    x, y, label, va="bottom", fontsize=8, c="w", backgroundcolor=colour
+                )
+                text.set_in_layout(False)  # it may reach over the edge
             plot.imshow(canvas)
 
 
