@@ -9,7 +9,6 @@ asked for later. Each run is a command of its own, which the JSON lists.
 """
 
 import argparse
-import json
 import math
 import os
 import shlex
@@ -30,18 +29,28 @@ from timing import facts, interleave, quartiles
 from torch import Tensor, nn
 from train import parse
 from training import datasets, networks
-from training.engine import autocast, place
-from training.files import load, write_whole
+from training.engine import place
+from training.files import load, write_json
 from training.journal import picture
 from training.recipes import RECIPES, optimizer
+from training.steps import autocast
 
 from simam.zoo import UserError
+
+# Options of train.py that are not the user's to give here.
+INSTEAD = {
+    "--attention": "every attention is trained; choose some by --only",
+    "--seed": "seeds are counted from 0; choose how many by --seeds",
+    "--evaluate": "this script trains",
+}
 
 
 def main() -> None:
     """Run what is missing, measure a step of each, print a table, write JSON and a plot."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each; default: 3")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; default: 1")
@@ -49,6 +58,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for runs and results")
     parser.add_argument("--seconds", type=float, default=60.0, help="to time steps for")
     options, rest = parser.parse_known_args()
+    for name, instead in INSTEAD.items():
+        if any(argument.partition("=")[0] == name for argument in rest):
+            parser.error(f"{name}: expected none, {instead}")
     names = tuple(options.only or networks.ATTENTION)
     try:
         training = parse(rest)
@@ -58,8 +70,7 @@ def main() -> None:
         }
     except UserError as error:
         parser.error(str(error))
-    text = json.dumps(result, indent=1) + "\n"
-    write_whole(options.output / "results.json", lambda file: file.write(text.encode()))
+    write_json(result, options.output / "results.json")
     draw(result["cases"], options.output / "results.png")
     print(table(result["cases"]))
 

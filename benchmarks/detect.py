@@ -5,7 +5,6 @@ torchrun --nproc-per-node=4 benchmarks/detect.py ...
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -20,15 +19,15 @@ try:
     from detection.images import Examples
     from detection.options import parse
     from detection.recipes import RECIPES, Recipe
+    from training.command import one_line
     from training.distributed import Processes, processes
-    from training.files import load, save, write_whole
-    from training.journal import Journal
+    from training.files import load, write_json
+    from training.runs import Run, checkpoint
     from training.seeds import Batches, seed
 except ImportError as missing:
     print(f'detect.py: error: {missing}: pip install "simam[train]"', file=sys.stderr)
     raise SystemExit(2) from None
 
-import simam
 from simam.weights import some
 from simam.zoo import UserError, load_weights
 
@@ -83,9 +82,7 @@ def evaluate(options: argparse.Namespace, group: Processes) -> Figures:
 def train(options: argparse.Namespace, group: Processes) -> Figures | None:
     """Epoch after epoch, each with its figures, its row in the log and its checkpoint."""
     recipe = RECIPES[options.recipe].changed(options.numbers)
-    last = options.output / "last.pth"
-    if last.exists() and not options.resume:
-        raise UserError(f"{last} exists; go on from it with --resume, or choose another --output")
+    saved = checkpoint(options.output, resume=options.resume)
     splits = [read(options, group, recipe, split) for split in options.splits]
     (classes, val_classes), val = (split.categories for split in splits), splits[1]
     if classes != val_classes:
@@ -93,7 +90,7 @@ def train(options: argparse.Namespace, group: Processes) -> Figures | None:
             f"{splits[0].file} has {listed(classes)}, {val.file} has {listed(val_classes)}; "
             "expected the same in both"
         )
-    trainer = prepare(options, group, recipe, splits[0], go_on=last.exists())
+    trainer = prepare(options, group, recipe, splits[0], go_on=saved is not None)
     settings = asdict(recipe) | {
         "amp": options.amp,
         "seed": options.seed,
@@ -102,30 +99,31 @@ def train(options: argparse.Namespace, group: Processes) -> Figures | None:
         "annotations": splits[0].digest,
         "images_at_once": trainer.batches.part,  # what is padded and normalised together
     }
-    rows = resume(trainer, last, settings) if last.exists() else []
-    group.wait()  # until all have looked for a checkpoint
-    journal = start_journal(options, group, settings, rows) if group.first else None
+    kinds = ("box", "mask") if recipe.masks else ("box",)
+    run = Run(
+        options.output,
+        trainer,
+        settings,
+        saved,
+        best="box AP",
+        curves={"loss": ("loss",), "AP": tuple(f"{kind} AP" for kind in kinds)},
+        tensorboard=options.tensorboard,
+    )
     figures = None
-    while len(rows) < recipe.epochs:
+    while len(run.rows) < recipe.epochs:
         start = time.perf_counter()
-        row: dict[str, Any] = {"epoch": len(rows) + 1} | trainer.epoch()
+        row: dict[str, Any] = {"epoch": len(run.rows) + 1} | trainer.epoch()
         row["lr"] = trainer.optimizer.param_groups[0]["lr"]
         done = row["epoch"] == recipe.epochs
         figures = measure(trainer.model, val, recipe, group, options, picture=done)
         row |= {f"{kind} {name}": found[name] for kind, found in figures.items() for name in LOGGED}
         row |= {"steps": trainer.step, "seconds": round(time.perf_counter() - start, 2)}
-        if journal:
-            content = trainer.state() | {"arch": recipe.model, "epoch": row["epoch"]}
-            content |= {"settings": settings, "rows": [*rows, row]}
-            if row["box AP"] > max((r["box AP"] for r in rows), default=-1):
-                save(content, options.output / "best.pth")
-            save(content, last)
-            journal.add(row)
+        run.add(row)
+        if group.first:
             print_row(row)
-        rows.append(row)
-    if journal:
-        journal.close()
-        print(closing(rows, options.output))
+    run.close()
+    if group.first:
+        print(closing(run.rows, options.output))
     return figures
 
 
@@ -161,39 +159,6 @@ def prepare(
     return Trainer(model, recipe, group, data, batches, amp=options.amp, workers=options.workers)
 
 
-def resume(trainer: Trainer, last: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Put the trainer where the checkpoint was written; the rows of the log until there."""
-    content = load(last)
-    missing = {"optimizer", "settings", "rows"} - content.keys()
-    if missing:
-        raise UserError(f"{last} is no checkpoint of a run: it has no {', '.join(sorted(missing))}")
-    were = content["settings"]
-    changes = [
-        f"{name} was {were.get(name)}, is {settings[name]}"
-        for name in settings
-        if settings[name] != were.get(name)
-    ]
-    if changes:
-        raise UserError(f"{last} is of a run with other settings: {'; '.join(changes)}")
-    trainer.load(content)
-    return content["rows"]
-
-
-def start_journal(
-    options: argparse.Namespace,
-    group: Processes,
-    settings: dict[str, Any],
-    rows: list[dict[str, Any]],
-) -> Journal:
-    """The log of a run, and beside it how it was made."""
-    about = settings | {"processes": group.size, "device": str(group.device)}
-    about |= {"torch": torch.__version__, "simam": simam.__version__}
-    write_json(about, options.output / "settings.json")
-    kinds = ("box", "mask") if settings["model"].startswith("mask") else ("box",)
-    curves = {"loss": ("loss",), "AP": tuple(f"{kind} AP" for kind in kinds)}
-    return Journal(options.output, curves, rows, tensorboard=options.tensorboard)
-
-
 def read(options: argparse.Namespace, group: Processes, recipe: Recipe, split: str) -> coco.Split:
     """The annotations of a split; the shapes are drawn if they are asked for and not there."""
     if options.shapes and group.first:
@@ -224,12 +189,6 @@ def measure(
     return figures
 
 
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write a file of JSON."""
-    text = json.dumps(content, indent=1) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
 def listed(categories: dict[int, str]) -> str:
     """Categories in a few words."""
     return f"{len(categories)} categories ({some([f'{i} {n}' for i, n in categories.items()])})"
@@ -257,16 +216,8 @@ def closing(rows: list[dict[str, Any]], output: Path) -> str:
 
 def main() -> None:
     """Train or evaluate; say in one line what cannot be done."""
-    try:
+    with one_line("detect.py"):
         run(parse(__doc__.partition("\n\n")[0]))
-    except UserError as error:
-        # What a worker raises comes with its traceback.
-        text = str(error).rpartition("UserError: ")[2].strip()
-        print(f"detect.py: error: {text}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("detect.py: stopped; --resume goes on after the last whole epoch", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ torchrun --nproc-per-node=4 benchmarks/train.py ...
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -13,17 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from training import datasets, networks
-from training.distributed import Processes, processes
-from training.engine import Trainer, evaluate
-from training.files import load, save, write_whole
-from training.journal import Journal
-from training.recipes import RECIPES, length, optimizer, schedule
-from training.seeds import Batches
+try:
+    import torch
+    from training import datasets, networks
+    from training.command import add_where, one_line, positive
+    from training.distributed import Processes, processes
+    from training.engine import Trainer, evaluate
+    from training.recipes import RECIPES, length, optimizer, schedule
+    from training.runs import Run, checkpoint
+    from training.seeds import Batches
+except ImportError as missing:
+    print(f'train.py: error: {missing}: pip install "simam[train]"', file=sys.stderr)
+    raise SystemExit(2) from None
 
 import simam
-from simam.zoo import UserError, load_weights
+from simam.zoo import UserError, load_weights, summary
 
 # What a run may change when it goes on.
 FREE = {"output", "resume", "workers", "device", "data", "tensorboard", "evaluate", "accumulate"}
@@ -37,6 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n\n")[0],
         epilog="Options without a default take the recipe's number: see docs/training.md.",
+        allow_abbrev=False,
     )
     what = parser.add_argument_group("what is trained")
     what.add_argument("--dataset", choices=datasets.DATASETS, default="digits")
@@ -47,26 +51,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--weights", type=Path, help="file of weights to start from or to evaluate")
     how = parser.add_argument_group("how")
     how.add_argument("--recipe", choices=RECIPES, default="small", help="default: small")
-    how.add_argument("--epochs", type=_positive, help="milestones keep their share of them")
-    how.add_argument("--batch-size", type=_positive, help="images of a step, on all devices")
-    how.add_argument("--accumulate", type=_positive, default=1, help="turns that a step takes")
+    how.add_argument("--epochs", type=positive, help="milestones keep their share of them")
+    how.add_argument("--batch-size", type=positive, help="images of a step, on all devices")
+    how.add_argument("--accumulate", type=positive, default=1, help="turns that a step takes")
     how.add_argument("--lr", type=float, help="learning rate at the start")
     how.add_argument("--momentum", type=float, help="of SGD")
     how.add_argument("--weight-decay", type=float)
-    how.add_argument("--input-size", type=_positive, help="side of what the network sees")
+    how.add_argument("--input-size", type=positive, help="side of what the network sees")
     how.add_argument("--ema", type=float, metavar="DECAY", help="average the weights, too")
     how.add_argument("--seed", type=int, default=0, help="default: 0")
-    where = parser.add_argument_group("where, and how fast")
-    where.add_argument("--output", type=Path, help="folder to write to; default: under runs")
-    where.add_argument("--resume", action="store_true", help="go on from the output's checkpoint")
-    where.add_argument("--evaluate", action="store_true", help="only evaluate, see --weights")
-    where.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
-    where.add_argument("--workers", type=int, help="processes that prepare images, on each device")
-    where.add_argument("--amp", choices=("none", "bfloat16", "float16"), default="none")
+    where = add_where(parser)
     where.add_argument("--channels-last", action="store_true", help="layout of the images")
     where.add_argument("--compile", action="store_true", help="use torch.compile")
     where.add_argument("--deterministic", action="store_true", help="on GPUs: exact, but slower")
-    where.add_argument("--tensorboard", action="store_true", help="write its events, too")
     options = parser.parse_args(arguments)
     recipe = RECIPES[options.recipe]
     for name in OF_THE_RECIPE:
@@ -84,13 +81,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
-
-
 def build(options: argparse.Namespace, classes: int) -> torch.nn.Module:
     """The network of the options, with the weights that they name."""
     model = networks.build(
@@ -104,6 +94,19 @@ def build(options: argparse.Namespace, classes: int) -> torch.nn.Module:
     elif options.weights:
         load_weights(model, str(options.weights))
     return model
+
+
+def check(model: torch.nn.Module, data: datasets.Data, options: argparse.Namespace) -> None:
+    """Refuse images that the network cannot take, before it is trained."""
+    image = data.test[0][0]
+    try:
+        with torch.no_grad():
+            model.eval()(image[None])
+    except Exception as error:  # networks refuse a size in many ways
+        raise UserError(
+            f"{options.model} cannot take images of {image.shape[1]} x {image.shape[2]}: "
+            f"{summary(error)}; give another --input-size, or another --model"
+        ) from error
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -121,13 +124,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             torch.use_deterministic_algorithms(True)
         recipe = replace(RECIPES[options.recipe], **{n: vars(options)[n] for n in OF_THE_RECIPE})
         data = datasets.load(options.dataset, options.data, recipe)
-        model = build(options, len(data.classes)).to(group.device)
+        model = build(options, len(data.classes))
+        check(model, data, options)
+        model = model.to(group.device)
         if options.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if options.compile:
             model.compile()
         if options.evaluate:
             return _evaluate(model, data.test, group, options)
+        saved = checkpoint(options.output, resume=options.resume)
         part = group.size * options.accumulate
         if options.batch_size % part:
             raise UserError(
@@ -156,79 +162,53 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             group,
             data.train,
             batches,
-            number=options.seed,
             amp=options.amp,
             channels_last=options.channels_last,
             ema=options.ema,
             workers=options.workers,
         )
-        return _train(trainer, steps, data.test, options)
+        return _train(trainer, steps, data.test, saved, options)
 
 
 def _train(
-    trainer: Trainer, steps: int, test: torch.utils.data.Dataset, options: argparse.Namespace
+    trainer: Trainer,
+    steps: int,
+    test: torch.utils.data.Dataset,
+    saved: dict[str, Any] | None,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Epoch after epoch, each with its row in the log and its checkpoint."""
-    group, last = trainer.processes, options.output / "last.pth"
+    group = trainer.processes
     settings = {k: v for k, v in vars(options).items() if k not in FREE}
     settings |= {"weights": options.weights and str(options.weights)}
     settings |= {"images_of_a_norm": trainer.batches.part}  # that are normalised together
-    rows: list[dict[str, Any]] = []
-    if last.exists():
-        rows = _resume(trainer, last, settings, options)
-    group.wait()  # until all have looked for a checkpoint
-    best = max((row["top1"] for row in rows), default=-1.0)
-    curves = CURVES | (AVERAGED if trainer.ema else {})
-    journal = None
-    if group.first:
-        about = settings | {"processes": group.size, "device": str(group.device)}
-        about |= {"torch": torch.__version__, "simam": simam.__version__}
-        text = json.dumps(about, indent=1) + "\n"
-        write_whole(options.output / "settings.json", lambda file: file.write(text.encode()))
-        journal = Journal(options.output, curves, rows, tensorboard=options.tensorboard)
+    run = Run(
+        options.output,
+        trainer,
+        settings,
+        saved,
+        best="top1",
+        curves=CURVES | (AVERAGED if trainer.ema else {}),
+        tensorboard=options.tensorboard,
+    )
     while trainer.step < steps:
         start = time.perf_counter()
         lr = trainer.optimizer.param_groups[0]["lr"]
-        row: dict[str, Any] = {"epoch": len(rows) + 1, "lr": lr}
-        row |= trainer.epoch(len(rows), steps)
+        row: dict[str, Any] = {"epoch": len(run.rows) + 1, "lr": lr}
+        row |= trainer.epoch(len(run.rows), steps)
         row |= _score(trainer.model, test, group, options)
         if trainer.ema:
             found = _score(trainer.ema.module, test, group, options)
             row |= {f"ema_{name}": value for name, value in found.items()}
         row |= {"steps": trainer.step, "seconds": round(time.perf_counter() - start, 2)}
-        rows.append(row)
-        if journal:
-            content = trainer.state() | {"arch": options.model, "epoch": len(rows)}
-            content |= {"settings": settings, "rows": rows}
-            if row["top1"] > best:
-                save(content, options.output / "best.pth")
-            save(content, last)
-            journal.add(row)
+        run.add(row)
+        if group.first:
             _print_row(row)
-        best = max(best, row["top1"])
-    if journal:
-        journal.close()
-        print(f"top-1 {rows[-1]['top1']:.2f} %, best {best:.2f} %; see {options.output}")
-    return rows[-1]
-
-
-def _resume(
-    trainer: Trainer, last: Path, settings: dict[str, Any], options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Put the trainer where the checkpoint was written; the rows of the log until there."""
-    if not options.resume:
-        raise UserError(f"{last} exists; go on from it with --resume, or choose another --output")
-    content = load(last)
-    missing = {"optimizer", "settings", "rows"} - content.keys()
-    if missing:
-        raise UserError(f"{last} is no checkpoint of a run: it has no {', '.join(sorted(missing))}")
-    were = content["settings"]
-    names = [name for name in settings if settings[name] != were.get(name)]
-    if names:
-        changes = "; ".join(f"{n} was {were.get(n)}, now {settings[n]}" for n in names)
-        raise UserError(f"{last} is of a run with other settings: {changes}")
-    trainer.load(content)
-    return content["rows"]
+    run.close()
+    last, best = run.rows[-1], max(row["top1"] for row in run.rows)
+    if group.first:
+        print(f"top-1 {last['top1']:.2f} %, best {best:.2f} %; see {options.output}")
+    return last
 
 
 def _score(
@@ -270,14 +250,8 @@ def _print_row(row: dict[str, Any]) -> None:
 
 def main() -> None:
     """Train or evaluate; say in one line what cannot be done."""
-    try:
+    with one_line("train.py"):
         run(parse())
-    except UserError as error:
-        # What a worker raises comes with its traceback.
-        print(
-            f"train.py: error: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr
-        )
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -123,3 +123,26 @@ def test_a_run_that_fails_is_named(
     assert "a run failed" in message
     assert "--model resnet19 --attention none --seed 0" in message
     assert "unknown model 'resnet19'" in (tmp_path / "none-0.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--seed=3", "--seed: expected none, seeds are counted from 0; choose how many by --seeds"),
+        ("--attention", "--attention: expected none, every attention is trained; choose some by"),
+        ("--evaluate", "--evaluate: expected none, this script trains"),
+    ],
+)
+def test_what_the_comparison_chooses_is_not_to_be_given(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argument: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--output", str(tmp_path / "out"), argument])
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -140,12 +140,12 @@ def test_a_checkpoint_is_not_overwritten(data: Path, whole: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        (["--lr", "0.5"], "lr was 0.02, is 0.5"),
-        (["--attention", "none"], "attention was simam, is none"),
-        (["--epochs", "4"], "epochs was 3, is 4; milestones was ("),
-        (["--seed", "2"], "seed was 0, is 2"),
-        (["--accumulate", "2"], "images_at_once was 4, is 2"),
-        (["--amp", "bfloat16"], "amp was none, is bfloat16"),
+        (["--lr", "0.5"], "lr was 0.02, now 0.5"),
+        (["--attention", "none"], "attention was simam, now none"),
+        (["--epochs", "4"], "epochs was 3, now 4; milestones was ("),
+        (["--seed", "2"], "seed was 0, now 2"),
+        (["--accumulate", "2"], "images_at_once was 4, now 2"),
+        (["--amp", "bfloat16"], "amp was none, now bfloat16"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_settings(
@@ -157,7 +157,7 @@ def test_a_run_does_not_go_on_with_other_settings(
 
 def test_a_run_does_not_go_on_with_other_annotations(whole: Path, tmp_path: Path) -> None:
     shapes.write(tmp_path, {"train": 8, "val": 3}, seed=1)
-    with pytest.raises(UserError, match=r"other settings: annotations was .*, is "):
+    with pytest.raises(UserError, match=r"other settings: annotations was .*, now "):
         run(*options(tmp_path, whole, "--resume"))
 
 

@@ -366,6 +366,10 @@ def test_the_authors_files_are_evaluated(
         (["--dataset", "imagefolder"], "--data: expected a folder"),
         (["--lr", "1e30"], "the loss is nan at step"),
         (
+            ["--model", "vit_tiny_patch16_224", "--attention", "none"],
+            "vit_tiny_patch16_224 cannot take images of 8 x 8: AssertionError: Input height (8)",
+        ),
+        (
             ["--model", "googlenet", "--attention", "none", "--input-size", "64"],
             "without auxiliary heads",
         ),
@@ -387,6 +391,32 @@ def test_errors_are_one_line(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("train.py: error: ")
     assert message in last
+
+
+def test_a_missing_package_is_named_with_what_brings_it() -> None:
+    code = "import sys, runpy; sys.modules['timm'] = None; runpy.run_path(sys.argv[1])"
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{SIMAM}{os.pathsep}{Path(SCRIPT).parent}"}
+    command = [sys.executable, "-c", code, SCRIPT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: error: ")
+    assert "timm" in done.stderr
+    assert done.stderr.endswith('pip install "simam[train]"\n')
+
+
+def test_a_run_that_is_stopped_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Trainer, "epoch", stop)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    assert stopped.value.code == 130
+    expected = "train.py: stopped; --resume goes on after the last whole epoch\n"
+    assert capsys.readouterr().err.endswith(expected)
 
 
 def test_an_unreadable_image_is_named_from_a_worker_too(tmp_path: Path) -> None:

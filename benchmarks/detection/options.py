@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from training.command import add_where, positive
 
 from .recipes import RECIPES, Recipe
 
@@ -31,16 +32,9 @@ def parse(description: str, arguments: list[str] | None = None) -> argparse.Name
     how.add_argument("--recipe", choices=RECIPES, help="default: shapes; with --data, paper-coco")
     for number in fields(Recipe):
         _add_number(how, number)
-    how.add_argument("--accumulate", type=_positive, default=1, help="turns that a step takes")
+    how.add_argument("--accumulate", type=positive, default=1, help="turns that a step takes")
     how.add_argument("--seed", type=int, default=0, help="default: 0")
-    where = parser.add_argument_group("where, and how fast")
-    where.add_argument("--output", type=Path, help="folder to write to; default: under runs")
-    where.add_argument("--resume", action="store_true", help="go on from the output's checkpoint")
-    where.add_argument("--evaluate", action="store_true", help="only evaluate, see --weights")
-    where.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
-    where.add_argument("--workers", type=int, help="processes that read images, on each device")
-    where.add_argument("--amp", choices=("none", "bfloat16", "float16"), default="none")
-    where.add_argument("--tensorboard", action="store_true", help="write its events, too")
+    add_where(parser)
     options = parser.parse_args(arguments)
     if options.evaluate != bool(options.weights):
         parser.error(
@@ -64,13 +58,6 @@ def _add_number(group: Any, number: Field) -> None:
         form = {"type": get_args(number.type)[0], "nargs": "+"}
     option = f"--{number.name.replace('_', '-')}"
     group.add_argument(option, **form, help=number.metadata["help"])
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
 
 
 def _complete(options: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
-"""The steps of a training, and how good a network is."""
+"""The training of a classifier, and how good it is."""
 
 import math
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,20 +8,20 @@ import torch.nn.functional as F
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from simam.zoo import UserError
 
 from .distributed import Processes
-from .seeds import Batches, Seeded, seed
+from .seeds import Batches
+from .steps import Steps, autocast
 
 LOOK = 50  # steps between two looks at the loss, for each of which a GPU has to wait
 
 
-class Trainer:
-    """A network in training: what changes from step to step, and how.
+class Trainer(Steps):
+    """A classifier in training.
 
     Args:
         model (nn.Module): the network, on its device.
@@ -31,7 +30,6 @@ class Trainer:
         processes (Processes): that train together.
         data (Dataset): what is trained on.
         batches (Batches): in which order.
-        number (int): the seed.
         amp (str): "none", or the dtype of what autocast computes.
         channels_last (bool): layout of the images.
         ema (float or None): decay of the average of the weights; none: there is no average.
@@ -47,44 +45,23 @@ class Trainer:
         data: Dataset,
         batches: Batches,
         *,
-        number: int,
         amp: str,
         channels_last: bool,
         ema: float | None,
         workers: int,
     ) -> None:
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.processes, self.batches, self.number = processes, batches, number
-        self.amp, self.channels_last = amp, channels_last
         self.ema = None if ema is None else ModelEmaV3(model, decay=ema)
-        self.step = 0
-        device = processes.device.type
-        self.scaler = torch.amp.GradScaler(device, enabled=amp == "float16")
-        self.loader = DataLoader(
-            Seeded(data, number),
-            batch_sampler=batches,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device == "cuda",
-        )
-        self.parallel = DistributedDataParallel(model) if processes.size > 1 else model
+        super().__init__(model, optimizer, processes, data, batches, amp=amp, workers=workers)
+        self.scheduler, self.channels_last = scheduler, channels_last
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
         averaged = {"state_dict_ema": self.ema.module.state_dict()} if self.ema else {}
-        return averaged | {
-            "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-        }
+        return super().state() | averaged
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.model.load_state_dict(state["state_dict"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+        super().load(state)
         self.scheduler.step_update(self.step)
         if self.ema:
             self.ema.module.load_state_dict(state["state_dict_ema"])
@@ -111,10 +88,7 @@ class Trainer:
         ) as bar:
             for done in range(1, some + 1):
                 sums += sum(self._turn(*next(turns), turn) for turn in range(accumulate))
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-                self.optimizer.zero_grad()
-                self.step += 1
+                self.update()
                 self.scheduler.step_update(self.step)
                 if self.ema:
                     self.ema.update(self.model)
@@ -129,11 +103,7 @@ class Trainer:
     def _turn(self, images: Tensor, labels: Tensor, turn: int) -> Tensor:
         """Add the gradients of a part of a batch; its loss, hits and images."""
         images, labels = place(images, labels, self.processes.device, self.channels_last)
-        parts = self.batches.accumulate
-        seed(self.number, self.step, turn * self.processes.size + self.processes.rank)
-        with ExitStack() as stack:
-            if turn < parts - 1 and self.processes.size > 1:
-                stack.enter_context(self.parallel.no_sync())
+        with self.part(turn):
             with autocast(self.processes.device, self.amp):
                 scores = self.parallel(images)
                 if not isinstance(scores, Tensor):
@@ -142,7 +112,7 @@ class Trainer:
                         "training; expected scores alone, so name a model without auxiliary heads"
                     )
                 loss = F.cross_entropy(scores, labels)
-            self.scaler.scale(loss / parts).backward()
+            self.add_gradients(loss)
         right = (scores.detach().argmax(1) == labels).sum()
         return torch.stack([loss.detach() * len(labels), right, right.new_tensor(len(labels))])
 
@@ -204,9 +174,3 @@ def place(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = images.to(device, non_blocking=True, memory_format=layout)
     return images, labels.to(device, non_blocking=True)
-
-
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Automatic mixed precision, or none."""
-    dtype = None if amp == "none" else getattr(torch, amp)
-    return torch.autocast(device.type, dtype, enabled=amp != "none")

@@ -6,6 +6,7 @@ the file safely takes an exception.
 """
 
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,12 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write a file of JSON."""
+    text = json.dumps(content, indent=1) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def save(content: dict[str, Any], path: Path) -> None:
