@@ -123,6 +123,7 @@ def measure(
     )
     found, steps = {}, {}
     for name in names:
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         model = networks.build(options.model, len(data.classes), name, options.e_lambda)
         model = model.to(device)
         if options.channels_last:
@@ -136,7 +137,7 @@ def measure(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             steps[name]()
-            found[name]["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+            found[name]["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
     times = interleave(steps, seconds)
     for name in names:
         ratios = [mine / base for mine, base in zip(times[name], times[names[0]], strict=True)]
