@@ -19,6 +19,8 @@ train = importlib.import_module("train")
 networks = importlib.import_module("training.networks")
 seeds = importlib.import_module("training.seeds")
 
+ROOT = Path(__file__).parents[1]
+
 
 def log(*top1: float) -> dict[str, Any]:
     return {"command": "train.py", "rows": [{"top1": value} for value in top1]}
@@ -123,6 +125,19 @@ def test_a_run_that_fails_is_named(
     assert "a run failed" in message
     assert "--model resnet19 --attention none --seed 0" in message
     assert "unknown model 'resnet19'" in (tmp_path / "none-0.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "cifar10-sample"])
+def test_the_documentation_has_the_figures_of_the_runs(name: str) -> None:
+    result = json.loads((ROOT / "benchmarks" / f"results-{name}.json").read_text())
+    for case in result["cases"]:
+        assert len(case["top1_of_seeds"]) == result["seeds"]
+        assert case["top1"] == pytest.approx(sum(case["top1_of_seeds"]) / result["seeds"])
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert compare.table(result["cases"]) in page
+    assert f"--seeds {result['seeds']} " in page
+    assert result["arguments"] in page
+    assert result["date"] in page
 
 
 @pytest.mark.parametrize(
