@@ -11,7 +11,7 @@ from simam.zoo import UserError
 
 
 def add_where(parser: argparse.ArgumentParser) -> Any:
-    """Add the options of where and how fast a run is computed, which leave its result alone."""
+    """Add the options of where a run is computed, and how fast."""
     where = parser.add_argument_group("where, and how fast")
     where.add_argument("--output", type=Path, help="folder to write to; default: under runs")
     where.add_argument("--resume", action="store_true", help="go on from the output's checkpoint")
