@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/speed/results"
 PASSES = ("forward", "forward+backward")
 TIMM = ("se", "ese", "eca", "gc", "cbam", "coord", "ela", "strip")
 FASTEST = "fastest timm layer"
@@ -115,8 +116,8 @@ def model_rows(cases: Iterable[dict[str, Any]], names: Iterable[str]) -> Iterato
 def main() -> None:
     """Read, draw, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--op", type=Path, default=ROOT / "benchmarks/op.json")
-    parser.add_argument("--models", type=Path, default=ROOT / "benchmarks/models.json")
+    parser.add_argument("--op", type=Path, default=RESULTS / "op.json")
+    parser.add_argument("--models", type=Path, default=RESULTS / "models.json")
     parser.add_argument("--svg", type=Path, default=ROOT / "docs/images/speed.svg")
     options = parser.parse_args()
     op, models = (json.loads(path.read_text()) for path in (options.op, options.models))

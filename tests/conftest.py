@@ -25,12 +25,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-@pytest.fixture(scope="module", params=["kernel", "composite"])
+@pytest.fixture(scope="module", params=["kernel", "reference"])
 def implementation(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
     """What computes the layer where both could: the fused kernel, or plain torch operations."""
     missing = (cpu if device.type == "cpu" else gpu).missing
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "composite":
+        if request.param == "reference":
             patch.setattr(kernels, "serve", lambda x: False)
         elif missing:
             pytest.skip(missing)

@@ -2,12 +2,12 @@
 
 from . import functional
 from .attach import attach, detach
+from .attention_maps import attention_maps
 from .checkpoints import load_checkpoint
 from .kernels import kernels_info
-from .maps import attention_maps
 from .module import SimAM
-from .planning import Insertion, Plan, plan
-from .warmstart import recalibrate
+from .placement import Insertion, Plan, plan
+from .recalibrate import recalibrate
 
 __all__ = [
     "Insertion",

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .module import SimAM
-from .planning import Selector, check_module, name_some, plan
+from .placement import Selector, check_module, name_some, plan
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -13,8 +13,8 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from .module import SimAM
-from .planning import check_module
-from .weights import misfits, read_state_dict, some
+from .placement import check_module
+from .state_dict import misfits, read_state_dict, some
 
 E_LAMBDA = 0.1  # of every network whose weights the authors published
 

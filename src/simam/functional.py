@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor, fx
 
-from . import composite, ops
+from . import ops, reference
 
 
 def simam(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> Tensor:
@@ -76,7 +76,7 @@ def attention(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") 
     """
     check_number(e_lambda)
     _check(x, e_lambda, statistics)
-    return composite.attention(x, e_lambda, statistics)
+    return reference.attention(x, e_lambda, statistics)
 
 
 def energy(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> Tensor:
@@ -103,7 +103,7 @@ def energy(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> 
     """
     check_number(e_lambda)
     _check(x, e_lambda, statistics)
-    return composite.energy(x, e_lambda, statistics)
+    return reference.energy(x, e_lambda, statistics)
 
 
 @fx.wrap  # one node in a traced graph: the checks need a tensor
@@ -112,7 +112,7 @@ def scale(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     _check(x, e_lambda, statistics)
     # TorchScript does not read beyond its own branch, and a trace must hold torch's operators.
     if torch.jit.is_scripting() or torch.jit.is_tracing():
-        return composite.forward(x, e_lambda, statistics)
+        return reference.forward(x, e_lambda, statistics)
     else:  # noqa: RET505 - as TorchScript wants it
         return ops.scale(x, e_lambda, statistics)
 

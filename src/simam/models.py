@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .attach import attach
 from .checkpoints import E_LAMBDA, is_authors, rename
 from .module import SimAM
-from .weights import unwrap
+from .state_dict import unwrap
 
 try:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

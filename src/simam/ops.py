@@ -2,7 +2,7 @@
 
 They are opaque to torch: it sees neither what they compute nor a derivative of it. So the
 derivative stands outside, in an autograd function that saves the input alone, and whatever looks
-into operations is given those of `composite` instead.
+into operations is given those of `reference` instead.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import composite, kernels
+from . import kernels, reference
 
 _library = torch.library.Library("simam", "DEF")
 _library.define("forward(Tensor x, float e_lambda, str statistics) -> Tensor")
@@ -21,13 +21,13 @@ _library.define("backward(Tensor grad, Tensor x, float e_lambda, str statistics)
 def _forward(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     if kernels.serve(x):
         return kernels.run(x, None, e_lambda, statistics)
-    return torch.empty_like(x).copy_(composite.forward(x, e_lambda, statistics))
+    return torch.empty_like(x).copy_(reference.forward(x, e_lambda, statistics))
 
 
 def _backward(grad: Tensor, x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     if kernels.serve(x):
         return kernels.run(x, grad, e_lambda, statistics)
-    return torch.empty_like(x).copy_(composite.backward(grad, x, e_lambda, statistics))
+    return torch.empty_like(x).copy_(reference.backward(grad, x, e_lambda, statistics))
 
 
 for _device in ("CPU", "CUDA"):
@@ -49,7 +49,7 @@ _forward_op = torch.ops.simam.forward.default
 _backward_op = torch.ops.simam.backward.default
 
 # New in torch 2.7, and until 2.12 true under plain torch.compile too. Where it does not tell, what
-# is compiled runs the composite, as what is exported must.
+# is compiled runs the reference, as what is exported must.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
@@ -67,14 +67,14 @@ class _Scale(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         # With grad mode on, the gradient is to be differentiated in its turn.
         opaque = not (torch.is_grad_enabled() or _is_transforming())
-        backward = _backward_op if opaque else composite.backward
+        backward = _backward_op if opaque else reference.backward
         return backward(grad, x, ctx.e_lambda, ctx.statistics), None, None
 
 
 def scale(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     """`simam` of an x that is checked, by the fastest way that gives the right answer here."""
     if not _takes_operator(x):
-        return composite.forward(x, e_lambda, statistics)
+        return reference.forward(x, e_lambda, statistics)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Scale.apply(x, e_lambda, statistics)
     return _forward_op(x, e_lambda, statistics)

@@ -173,9 +173,9 @@ def _count(device: torch.device) -> int:
 
 
 def _kernels() -> Any:
-    from . import gpu_kernels
+    from . import triton_kernels
 
-    return gpu_kernels
+    return triton_kernels
 
 
 def _find_missing() -> str:

@@ -1,0 +1,1 @@
+"""Measurements of simam: speed and accuracy."""

@@ -1,0 +1,1 @@
+"""What SimAM brings: training, detection, recalibration."""

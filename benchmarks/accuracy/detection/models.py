@@ -1,0 +1,112 @@
+"""torchvision's Faster and Mask R-CNN on a ResNet with a feature pyramid, with SimAM or without."""
+
+from pathlib import Path
+
+import torchvision
+from torch import nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+
+import simam
+from simam.checkpoints import E_LAMBDA, is_authors
+from simam.messages import UserError
+from simam.state_dict import misfits, read_state_dict
+
+from .recipes import Recipe
+
+_STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+_ROI_SIZE = 7  # of a region's map, as torchvision's box head takes it
+
+
+class FixedNorm(nn.BatchNorm2d):
+    """Batch norm that keeps its statistics in training, too; its scale and shift learn."""
+
+    def train(self, mode: bool = True) -> "FixedNorm":
+        return super().train(False)
+
+
+def build(recipe: Recipe, categories: int) -> FasterRCNN:
+    """A detector with random weights.
+
+    Args:
+        recipe (Recipe): which one, with which attention, and its sizes.
+        categories (int): how many it tells apart, without the background.
+    """
+    name = recipe.model.split("_")[1]
+    norm = FixedNorm if recipe.norm_eval else nn.BatchNorm2d
+    body = torchvision.models.get_model(name, weights=None, norm_layer=norm)
+    if recipe.frozen_stages:
+        for stage in _STAGES[: recipe.frozen_stages + 2]:
+            getattr(body, stage).requires_grad_(False)
+    width, channels, classes = body.fc.in_features, recipe.channels, categories + 1
+    backbone = BackboneWithFPN(
+        body,
+        return_layers={f"layer{stage}": str(stage - 1) for stage in range(1, 5)},
+        in_channels_list=[width // 8, width // 4, width // 2, width],
+        out_channels=channels,
+    )
+    if recipe.attention == "simam":
+        simam.attach(backbone.body, e_lambda=recipe.e_lambda)
+    options = {
+        "min_size": recipe.min_size,
+        "max_size": recipe.max_size,
+        "box_batch_size_per_image": recipe.regions,
+        "rpn_anchor_generator": AnchorGenerator(
+            tuple((size,) for size in recipe.anchor_sizes), ((0.5, 1.0, 2.0),) * 5
+        ),
+        "box_head": TwoMLPHead(channels * _ROI_SIZE**2, 4 * channels),
+        "box_predictor": FastRCNNPredictor(4 * channels, classes),
+    }
+    if not recipe.masks:
+        return FasterRCNN(backbone, **options)
+    return MaskRCNN(
+        backbone,
+        mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1),
+        mask_predictor=MaskRCNNPredictor(channels, channels, classes),
+        **options,
+    )
+
+
+def load_backbone(model: FasterRCNN, path: Path, recipe: Recipe) -> None:
+    """Load the weights of a classifier into a detector's backbone.
+
+    Args:
+        model (FasterRCNN): changed in place.
+        path (Path): a file of ImageNet, of the authors or of one's own; its classifier is left out.
+        recipe (Recipe): with which the model was built.
+
+    Raises:
+        UserError: the file cannot be read, or is that of another network.
+    """
+    body = model.backbone.body
+    try:
+        state = read_state_dict(path)
+        if is_authors(state):
+            if recipe.attention == "none":
+                raise UserError(
+                    f"{path} is a network with SimAM, and this detector has none: "
+                    "use --attention simam, or the weights of a plain network"
+                )
+            simam.attach(body, e_lambda=E_LAMBDA)  # that of the file; then that of the recipe
+            simam.load_checkpoint(body, path)
+            simam.attach(body, e_lambda=recipe.e_lambda)
+            return
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from error
+    own = body.state_dict()
+    # Counts of seen batches do not matter here, and not every file has them.
+    state = {key: own[key] for key in own if key.endswith("num_batches_tracked")} | {
+        key: tensor for key, tensor in state.items() if not key.startswith("fc.")
+    }
+    wrong = misfits(state, own)
+    if wrong:
+        raise UserError(
+            f"{path} does not fit the backbone of {recipe.model}, which has {len(own)} tensors: "
+            f"{wrong}. Give the weights of a {recipe.model.split('_')[1]}"
+        )
+    body.load_state_dict(state)

@@ -1,0 +1,99 @@
+"""The training of a detector."""
+
+from typing import Any
+
+import torch
+from timm.utils import distribute_bn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from benchmarks.accuracy.common.distributed import Processes
+from benchmarks.accuracy.common.sampler import Batches
+from benchmarks.accuracy.common.trainer import Steps, autocast
+from simam.messages import UserError
+
+from .recipes import Recipe
+
+
+class Trainer(Steps):
+    """A detector in training.
+
+    Args:
+        model (nn.Module): a detector of torchvision, on its device.
+        recipe (Recipe): the numbers.
+        processes (Processes): that train together.
+        data (Dataset): images and targets.
+        batches (Batches): in which order.
+        amp (str): "none", or the dtype of what autocast computes.
+        workers (int): processes that prepare images.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        processes: Processes,
+        data: Dataset,
+        batches: Batches,
+        *,
+        amp: str = "none",
+        workers: int = 0,
+    ) -> None:
+        optimizer = torch.optim.SGD(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=recipe.rate(0, batches.steps),
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+        )
+        super().__init__(
+            model, optimizer, processes, data, batches, amp=amp, workers=workers, collate=list
+        )
+        self.recipe = recipe
+
+    def epoch(self) -> dict[str, float]:
+        """Train for one epoch.
+
+        Returns:
+            dict of str to float: mean losses; "loss" is their sum, which is what falls.
+
+        Raises:
+            UserError: the loss is no number any more.
+        """
+        self.parallel.train()
+        steps, parts = self.batches.steps, self.batches.accumulate
+        self.batches.epoch = number = self.step // steps
+        sums: dict[str, Tensor] = {}
+        turns = iter(self.loader)
+        quiet = None if self.processes.first else True  # none: unless there is no terminal
+        for _ in tqdm(range(steps), f"epoch {number + 1}", leave=False, disable=quiet):
+            rate = self.recipe.rate(self.step, steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            for turn in range(parts):
+                for name, loss in self._turn(next(turns), turn).items():
+                    sums[name] = sums.get(name, 0) + loss.double()
+            self.update()
+        if self.processes.size > 1:  # each has seen other images; the first one's are kept
+            distribute_bn(self.model, self.processes.size)
+        values = self.processes.total(torch.stack(list(sums.values())))
+        values = values / (steps * parts * self.processes.size)
+        return dict(zip(sums, values.tolist(), strict=True))
+
+    def _turn(self, examples: list[tuple[Tensor, dict[str, Tensor]]], turn: int) -> dict[str, Any]:
+        """Add the gradients of a part of a batch; its losses."""
+        device = self.processes.device
+        images = [image.to(device) for image, _ in examples]
+        targets = [{name: t.to(device) for name, t in target.items()} for _, target in examples]
+        with self.part(turn):
+            with autocast(device, self.amp):
+                losses = self.parallel(images, targets)
+                loss = sum(losses.values())
+            if not loss.isfinite():
+                each = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+                raise UserError(
+                    f"the loss is {loss.item()} at step {self.step} ({each}); lower --lr, or "
+                    "train with --amp none or bfloat16"
+                )
+            self.add_gradients(loss)
+        return {"loss": loss.detach()} | {name: value.detach() for name, value in losses.items()}

@@ -1,0 +1,1 @@
+"""How fast SimAM is: one layer, and whole models."""

@@ -1,0 +1,419 @@
+"""The authors' published weights: what loads, and what is refused without a change."""
+
+import importlib
+import os
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import simam
+from simam.checkpoints import load_checkpoint
+from tests.helpers import authors_networks
+from tests.helpers.authors_networks import NETWORKS, filled, publish, publish_detector
+
+timm = pytest.importorskip("timm", reason="builds the networks")
+torchvision = pytest.importorskip("torchvision", reason="builds the networks")
+importlib.import_module("simam.models")  # which timm must be there for
+
+TIMM = {name: name for name in NETWORKS} | {"mobilenet_v2": "mobilenetv2_100"}
+COUNT = ".num_batches_tracked"
+
+
+class Published(NamedTuple):
+    name: str
+    file: Path
+    network: Any
+    logits: Tensor
+
+
+def images() -> Tensor:
+    return torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(1)).double()
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def published(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Published]:
+    """A network in the authors' structure, the file of its weights, and what it computes."""
+    name = request.param
+    network = filled(name)
+    file = publish(network, tmp_path_factory.mktemp("published") / "checkpoint.pth.tar")
+    with torch.no_grad():
+        yield Published(name, file, network, network.double()(images()))
+    file.unlink()
+
+
+@pytest.fixture(scope="module")
+def resnet18_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish(filled("resnet18"), tmp_path_factory.mktemp("published") / "r18.pth")
+
+
+def attached(name: str = "resnet18", e_lambda: float = 0.1, **options: Any) -> nn.Module:
+    """torchvision's network with SimAM."""
+    model = torchvision.models.get_model(name, weights=None, **options)
+    return simam.attach(model.eval(), e_lambda=e_lambda)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval().double()(images())
+
+
+def e_lambdas(model: nn.Module) -> set[float]:
+    return {layer.e_lambda for layer in model.modules() if isinstance(layer, simam.SimAM)}
+
+
+def saved(content: object, file: Path) -> Path:
+    torch.save(content, file)
+    return file
+
+
+def refusal(model: nn.Module, file: str | Path) -> str:
+    """What the error says, after checking that the model is as it was."""
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    values = e_lambdas(model)
+    with pytest.raises(ValueError, match=" ") as caught:
+        load_checkpoint(model, file)
+    assert e_lambdas(model) == values
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    return str(caught.value)
+
+
+def test_outputs_of_torchvisions_network(published: Published) -> None:
+    model = attached(published.name)
+    assert load_checkpoint(model, published.file) is model
+    torch.testing.assert_close(logits(model), published.logits)
+    # The weights alone do not compute it.
+    assert not torch.allclose(logits(simam.detach(model)), published.logits, rtol=0.01)
+
+
+def test_outputs_of_timms_network(published: Published) -> None:
+    model = simam.attach(timm.create_model(TIMM[published.name]), e_lambda=0.1)
+    load_checkpoint(model, str(published.file))
+    torch.testing.assert_close(logits(model), published.logits)
+
+
+def test_outputs_through_timms_checkpoint_path(published: Published) -> None:
+    model = timm.create_model(f"simam_{TIMM[published.name]}", checkpoint_path=str(published.file))
+    torch.testing.assert_close(logits(model), published.logits)
+
+
+def test_outputs_through_timms_pretrained_file(published: Published) -> None:
+    name, file = f"simam_{TIMM[published.name]}", str(published.file)
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": file})
+    torch.testing.assert_close(logits(model), published.logits)
+
+
+def detector() -> Any:
+    model = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=3
+    )
+    simam.attach(model.backbone.body, e_lambda=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def resnet50() -> Any:
+    return filled("resnet50")
+
+
+@pytest.fixture(scope="module", params=[publish_detector, None], ids=["detector", "classifier"])
+def resnet50_file(
+    request: pytest.FixtureRequest, resnet50: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    file = tmp_path_factory.mktemp("published") / "epoch_12.pth"
+    yield request.param(resnet50, file) if request.param else publish(resnet50, file)
+    file.unlink()
+
+
+@torch.no_grad()
+def test_backbone_of_a_detector(resnet50: Any, resnet50_file: Path) -> None:
+    model = detector().eval()
+    rest = {k: t.clone() for k, t in model.state_dict().items() if ".body." not in k}
+    assert load_checkpoint(model, resnet50_file) is model
+    x = images().float()
+    maps = list(model.backbone.body(x).values())
+    assert len(maps) == 4
+    for actual, expected in zip(maps, resnet50.features(x), strict=True):
+        scale = expected.abs().max()  # of 50 layers of float32
+        torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=1e-5)
+    state = model.state_dict()
+    assert len(rest) > 20
+    assert all(torch.equal(state[key], tensor) for key, tensor in rest.items())
+
+
+def without_classifier() -> nn.Module:
+    model = torchvision.models.resnet18(weights=None)
+    model.fc = nn.Identity()
+    return simam.attach(model, e_lambda=0.1)
+
+
+def with_pyramid() -> nn.Module:
+    builder = torchvision.models.detection.backbone_utils.resnet_fpn_backbone
+    backbone = builder(backbone_name="resnet18", weights=None, trainable_layers=5)
+    simam.attach(backbone.body, e_lambda=0.1)
+    return backbone
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        without_classifier,
+        with_pyramid,
+        lambda: timm.create_model("simam_resnet18", num_classes=0),
+        lambda: timm.create_model("simam_resnet18", features_only=True),
+    ],
+)
+@pytest.mark.parametrize("write", [publish_detector, publish])
+def test_bare_backbone(
+    build: Callable[[], Any], write: Callable[[nn.Module, Path], Path], tmp_path: Path
+) -> None:
+    theirs = filled("resnet18")
+    model = load_checkpoint(build(), write(theirs, tmp_path / "theirs.pth"))
+    state = getattr(model, "body", model).state_dict()
+    expected = {key.replace("conv2.0.", "conv2."): t for key, t in theirs.state_dict().items()}
+    # The norms of a pyramid's backbone never change, and do not count.
+    assert len(state) == (100 if hasattr(model, "fpn") else 120)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in state.items())
+
+
+def test_a_backbone_does_not_fill_a_classifier(tmp_path: Path) -> None:
+    file = publish_detector(filled("resnet18"), tmp_path / "epoch_12.pth")
+    assert refusal(attached(), file) == (
+        f"{file} does not fit this ResNet, which has 122 tensors: 2 missing: fc.weight, fc.bias. "
+        "The model is unchanged; build the one that the file was saved from"
+    )
+
+
+def test_e_lambda_is_set_and_said(resnet18_file: Path) -> None:
+    model = attached(e_lambda=1e-4)
+    model.layer1[0].conv2.simam.e_lambda = 0.1
+    with pytest.warns(UserWarning, match="e_lambda") as caught:
+        load_checkpoint(model, resnet18_file)
+    assert [str(warning.message) for warning in caught] == [
+        "set e_lambda=0.1 on 7 SimAM layers, as in the network whose weights these are; "
+        "it was 0.0001"
+    ]
+    assert caught[0].filename == __file__
+    assert e_lambdas(model) == {0.1}
+
+
+@pytest.mark.skipif(
+    not hasattr(timm.models, "save_for_hf"), reason="this timm does not know local-dir:"
+)
+def test_e_lambda_that_was_set_is_saved_by_timm(resnet18_file: Path, tmp_path: Path) -> None:
+    model = timm.create_model("simam_resnet18", e_lambda=0.5)
+    with pytest.warns(UserWarning, match=r"it was 0\.5$"):
+        load_checkpoint(model, resnet18_file)
+    timm.models.save_for_hf(model, tmp_path / "saved")
+    again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
+    assert e_lambdas(again) == {0.1}
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_e_lambda_is_that_of_the_network_for_other_files(tmp_path: Path) -> None:
+    trained = attached(e_lambda=0.3)
+    file = saved({"state_dict": trained.state_dict()}, tmp_path / "own.pth")
+    model = load_checkpoint(attached(e_lambda=0.3), file)
+    assert e_lambdas(model) == {0.3}
+    assert torch.equal(logits(model), logits(trained))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_a_network_written_as_the_authors(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = filled(name)
+    file = publish(theirs, tmp_path / "theirs.pth")
+    monkeypatch.setattr(authors_networks, "Attention", simam.SimAM)
+    model = filled(name)
+    for tensor in model.parameters():
+        tensor.data.zero_()
+    with pytest.warns(UserWarning, match=r"^set e_lambda=0\.1 on"):
+        load_checkpoint(model, file)
+    torch.testing.assert_close(logits(model), logits(theirs))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_a_file_without_counts_of_batches(name: str, tmp_path: Path) -> None:
+    network = filled(name)
+    content = torch.load(publish(network, tmp_path / "new.pth"), weights_only=True)
+    state = {k: t for k, t in content["state_dict"].items() if not k.endswith(COUNT)}
+    assert len(state) < len(content["state_dict"])
+    file = saved(content | {"state_dict": state}, tmp_path / "old.pth")
+    model = load_checkpoint(attached(name), file)
+    counts = [tensor for key, tensor in model.state_dict().items() if key.endswith(COUNT)]
+    assert counts
+    assert not any(counts)
+    torch.testing.assert_close(logits(model), logits(network))
+    model = timm.create_model(f"simam_{TIMM[name]}", checkpoint_path=str(file))
+    torch.testing.assert_close(logits(model), logits(network))
+
+
+def test_counts_of_batches_are_loaded(resnet18_file: Path) -> None:
+    model = load_checkpoint(attached(), resnet18_file)
+    assert model.layer1[0].bn1.num_batches_tracked == 7
+
+
+def test_a_model_without_simam(resnet18_file: Path) -> None:
+    assert refusal(torchvision.models.resnet18(), resnet18_file) == (
+        "this ResNet has no SimAM; attach it first: simam.attach(model, e_lambda=0.1)"
+    )
+
+
+def test_no_model(resnet18_file: Path) -> None:
+    with pytest.raises(TypeError, match=r"^expected an nn\.Module, got str$"):
+        load_checkpoint("resnet18", resnet18_file)  # type: ignore[type-var]
+
+
+def test_simam_at_other_places(resnet18_file: Path) -> None:
+    model = simam.attach(torchvision.models.resnet18(), where=["layer4.*.conv2", "layer1.0.conv1"])
+    assert refusal(model, resnet18_file) == (
+        f"{resnet18_file} has SimAM after 8 convolutions, this network after other ones: "
+        "6 without: layer1.0.conv2, layer1.1.conv2, layer2.0.conv2, ...; 1 with, but not there: "
+        "layer1.0.conv1. Attach it without where= and exclude="
+    )
+
+
+def test_simam_at_other_places_of_timms_mobilenetv2(tmp_path: Path) -> None:
+    file = publish(filled("mobilenet_v2"), tmp_path / "theirs.pth")
+    model = simam.attach(timm.create_model("mobilenetv2_100"), exclude="blocks.0.*")
+    assert "other ones: 1 without: blocks.0.0.conv_dw. " in refusal(model, file)
+
+
+def test_weights_of_another_network(resnet18_file: Path) -> None:
+    assert refusal(attached("resnet34"), resnet18_file) == (
+        f"{resnet18_file} does not fit this ResNet, which has 218 tensors: 80 missing: "
+        "layer1.2.conv1.weight, layer1.2.bn1.weight, layer1.2.bn1.bias, .... The model is "
+        "unchanged; build the one that the file was saved from"
+    )
+
+
+def test_weights_that_differ_in_every_way(resnet18_file: Path, tmp_path: Path) -> None:
+    content = torch.load(resnet18_file, weights_only=True)
+    state = content["state_dict"]
+    state["module.layer1.0.se.weight"] = state.pop("module.bn1.bias")
+    file = saved(content, tmp_path / "edited.pth")
+    assert refusal(attached(num_classes=10), file) == (
+        f"{file} does not fit this ResNet, which has 122 tensors: 1 missing: bn1.bias; "
+        "1 unexpected: layer1.0.se.weight; 2 of another shape: fc.weight (expected 10x512, got "
+        "1000x512), fc.bias (expected 10, got 1000). The model is unchanged; build the one that "
+        "the file was saved from"
+    )
+
+
+def test_weights_of_mobilenetv2_into_a_resnet(tmp_path: Path) -> None:
+    told = refusal(attached(), publish(filled("mobilenet_v2"), tmp_path / "theirs.pth"))
+    assert "102 missing: conv1.weight, bn1.weight, bn1.bias, ...; 260 unexpected: feat" in told
+
+
+@pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("kept", [0, 1, 2, 60, 4000, 0.5, -1])
+def test_a_truncated_file(new_format: bool, kept: float, tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64))
+    file = tmp_path / "checkpoint.pth.tar"
+    content = {"state_dict": nn.DataParallel(network).state_dict(), "epoch": 100}
+    torch.save(content, file, _use_new_zipfile_serialization=new_format)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(kept * len(whole)) if 0 < kept < 1 else int(kept)])
+    told = refusal(simam.attach(network, where="0"), file)
+    assert told.startswith(f"{file} is refused: ")
+    assert told.endswith(
+        ". It is cut short, damaged, or no file of weights; expected one written by "
+        "torch.save(model.state_dict(), ...) or a .safetensors file"
+    )
+    assert len(told) < 450
+
+
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>Not found</html>", bytes(5000)])
+def test_a_file_that_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.pth.tar"
+    file.write_bytes(content)
+    assert " is refused: " in refusal(attached(), file)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([1, 2], "holds a list"),
+        ({"epoch": 3}, "holds 'epoch' with a int"),
+        ({"state_dict": {"a": "b"}}, "holds 'a' with a str"),
+    ],
+)
+def test_a_checkpoint_without_a_state_dict(content: object, told: str, tmp_path: Path) -> None:
+    file = saved(content, tmp_path / "checkpoint.pth.tar")
+    assert refusal(attached(), file) == (
+        f"{file} {told}, expected a state dict (names to tensors), by itself or as "
+        '"state_dict" or "model" of a dict'
+    )
+
+
+def test_an_empty_state_dict(tmp_path: Path) -> None:
+    file = saved({"state_dict": {}}, tmp_path / "checkpoint.pth.tar")
+    assert "122 tensors: 102 missing: conv1.weight" in refusal(attached(), file)
+
+
+class Payload:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("by_torch", [True, False])
+def test_a_file_that_would_run_code(by_torch: bool, tmp_path: Path) -> None:
+    file, trace = tmp_path / "checkpoint.pth.tar", tmp_path / "ran"
+    content = {"state_dict": {"conv1.weight": torch.ones(2)}, "epoch": Payload(trace)}
+    if by_torch:
+        torch.save(content, file)
+    else:
+        file.write_bytes(pickle.dumps(Payload(trace), protocol=2))
+    told = refusal(attached(), file)
+    assert not trace.exists()
+    assert told.startswith(f"{file} is refused: ")
+    if by_torch:
+        assert re.search(
+            r"it asks for \w+\.mkdir\. A file that holds more than tensors could run code; "
+            r"expected one written by torch\.save",
+            told,
+        )
+        torch.load(file, weights_only=False)  # the payload is live
+    else:
+        pickle.loads(file.read_bytes())
+    assert trace.exists()
+
+
+def test_a_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="No such file"):
+        load_checkpoint(attached(), tmp_path / "missing.pth")
+
+
+def test_safetensors(resnet18_file: Path, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="timm brings it")
+    state = torch.load(resnet18_file, weights_only=True)["state_dict"]
+    safetensors.save_file(state, tmp_path / "theirs.safetensors")
+    model = load_checkpoint(attached(), tmp_path / "theirs.safetensors")
+    assert torch.equal(logits(model), logits(load_checkpoint(attached(), resnet18_file)))
+
+
+def test_missing_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=re.escape('pip install "simam[timm]"')):
+        load_checkpoint(attached(), "weights.safetensors")
+
+
+def test_no_warning_where_all_is_as_it_should_be(resnet18_file: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_checkpoint(attached(e_lambda=0.1), resnet18_file)

@@ -1,0 +1,418 @@
+"""The names in timm's registry: networks, arguments, weights, as users of timm expect them."""
+
+import copy
+import importlib
+import io
+import os
+import re
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import simam
+from tests.helpers.authors_networks import filled, publish
+from tests.helpers.by_hand import ByHand, blocks
+
+timm = pytest.importorskip("timm", reason="the names are timm's")
+models = importlib.import_module("simam.models")
+
+R18, R34 = (2, 2, 2, 2), (3, 4, 6, 3)
+
+
+def resnet(depths: tuple[int, ...]) -> list[str]:
+    return blocks("layer{stage}.{block}.conv2", depths, 1)
+
+
+# After the 3x3 or depthwise convolution of every block.
+PLACES = {
+    "simam_resnet18": resnet(R18),
+    "simam_resnet34": resnet(R34),
+    "simam_resnet50": resnet(R34),
+    "simam_resnet101": resnet((3, 4, 23, 3)),
+    "simam_resnet152": resnet((3, 8, 36, 3)),
+    "simam_resnet50d": resnet(R34),
+    "simam_resnext50_32x4d": resnet(R34),
+    "simam_mobilenetv2_100": blocks("blocks.{stage}.{block}.conv_dw", (1, 2, 3, 4, 3, 3, 1)),
+    "simam_efficientnet_b0": blocks("blocks.{stage}.{block}.conv_dw", (1, 2, 2, 3, 3, 4, 1)),
+    "simam_convnext_tiny": blocks("stages.{stage}.blocks.{block}.conv_dw", (3, 3, 9, 3)),
+    "simam_regnety_008": [
+        f"s{stage}.b{block}.conv2.conv"
+        for stage, depth in enumerate((1, 3, 8, 2), 1)
+        for block in range(1, depth + 1)
+    ],
+}
+# One of each family, small.
+FAMILIES = ["simam_resnet18", "simam_mobilenetv2_100", "simam_convnext_tiny", "simam_regnety_008"]
+
+
+def images(channels: int = 3) -> Tensor:
+    return torch.rand(2, channels, 64, 64, generator=torch.Generator().manual_seed(1)).double()
+
+
+@torch.no_grad()
+def output(model: nn.Module, channels: int = 3) -> Any:
+    return model.double().eval()(images(channels))
+
+
+def layers(model: nn.Module) -> dict[str, simam.SimAM]:
+    found = {path: m for path, m in model.named_modules() if isinstance(m, simam.SimAM)}
+    return {path.removesuffix(".simam"): layer for path, layer in found.items()}
+
+
+def e_lambdas(model: nn.Module) -> set[float]:
+    return {layer.e_lambda for layer in layers(model).values()}
+
+
+def shuffled(model: nn.Module) -> nn.Module:
+    """The model with random norms, of which timm sets some to 0, which hides what is before."""
+    for key, tensor in model.state_dict().items():
+        if tensor.dim() == 1 and tensor.is_floating_point():
+            own = re.sub(r"^(body|graph_module|model)\.", "", key)  # inside timm's wrappers
+            seed = zlib.crc32(own.encode())
+            tensor.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def without_values(name: str) -> nn.Module:
+    # timm 1.0's ConvNeXt computes with tensors while it is built.
+    with torch.device("cpu" if "convnext" in name else "meta"):
+        return timm.create_model(name)
+
+
+saves_folders = pytest.mark.skipif(
+    not hasattr(timm.models, "save_for_hf"), reason="this timm does not know local-dir:"
+)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The authors' file of a ResNet-18."""
+    return publish(filled("resnet18"), tmp_path_factory.mktemp("published") / "r18.pth.tar")
+
+
+@pytest.fixture(scope="module")
+def their_logits() -> Tensor:
+    return output(filled("resnet18"))
+
+
+def test_names() -> None:
+    assert timm.list_models("simam_*") == sorted(PLACES, key=timm_order)
+    assert timm.list_models("simam_*", pretrained=True) == []
+    assert set(PLACES) <= set(models.__all__)
+
+
+def timm_order(name: str) -> list[object]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def test_the_group_is_none_of_timms() -> None:
+    assert timm.list_models(module="models") == timm.list_models("simam_*")
+    groups = "import timm; print(*timm.list_modules())"
+    of_timm = subprocess.run(
+        [sys.executable, "-c", groups], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert "resnet" in of_timm
+    assert "models" not in of_timm
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_places(name: str) -> None:
+    model = without_values(name)
+    assert sorted(layers(model)) == sorted(PLACES[name])
+    assert e_lambdas(model) == {0.1}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_analysis_of_attach_finds_the_same_places(name: str) -> None:
+    plan = simam.plan(timm.create_model(name.removeprefix("simam_")))
+    assert [insertion.path for insertion in plan] == PLACES[name]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_outputs_are_those_of_simam_by_hand(name: str) -> None:
+    model = shuffled(timm.create_model(name, num_classes=7, e_lambda=0.03))
+    reference = timm.create_model(name.removeprefix("simam_"), num_classes=7)
+    reference.load_state_dict(model.state_dict())
+    plain = output(reference)
+    for path in PLACES[name]:
+        parent, _, child = path.rpartition(".")
+        block = reference.get_submodule(parent)
+        setattr(block, child, ByHand(getattr(block, child), 0.03))
+    actual = output(model)
+    assert actual.shape == (2, 7)
+    torch.testing.assert_close(actual, output(reference))
+    assert not torch.allclose(actual, plain, rtol=1e-3)
+
+
+def test_e_lambda() -> None:
+    assert e_lambdas(timm.create_model("simam_resnet18", e_lambda=1e-4)) == {1e-4}
+    with pytest.raises(ValueError, match=r"e_lambda must be .*0"):
+        timm.create_model("simam_resnet18", e_lambda=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features(name: str) -> None:
+    model = shuffled(timm.create_model(name))
+    features = timm.create_model(name, features_only=True)
+    state = model.state_dict()
+    if name == "simam_convnext_tiny":  # whose stages timm takes out of their sequence
+        state = {re.sub(r"^(stem|stages)\.", r"\1_", key): t for key, t in state.items()}
+    assert not features.load_state_dict(state, strict=False).missing_keys
+    assert len(layers(features)) == len(PLACES[name])
+    maps = output(features)
+    assert [m.shape[1] for m in maps] == features.feature_info.channels()
+
+    seen: list[Tensor] = []
+    for path in features.feature_info.module_name():
+        model.get_submodule(path).register_forward_hook(lambda _, __, y: seen.append(y))
+    output(model)
+    assert len(maps) == len(seen)
+    for actual, expected in zip(maps, seen, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["hook", "fx", "getter", "dict"])
+def test_features_of_every_kind(kind: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("simam_resnet18", features_only=True)
+    torch.manual_seed(0)
+    other = timm.create_model("simam_resnet18", features_only=True, feature_cls=kind)
+    expected, actual = output(shuffled(model)), output(shuffled(other))
+    actual = list(actual.values()) if isinstance(actual, dict) else actual
+    assert len(actual) == len(expected) == 5
+    for one, another in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, another)
+
+
+def test_features_of_the_first_stages() -> None:
+    model = timm.create_model("simam_resnet18", features_only=True, out_indices=(0, 1))
+    assert list(layers(model)) == ["layer1.0.conv2", "layer1.1.conv2"]
+    stem = timm.create_model("simam_resnet18", features_only=True, out_indices=(0,))
+    assert not layers(stem)
+    assert [m.shape for m in output(stem)] == [(2, 64, 32, 32)]
+
+
+def test_channels_and_classes() -> None:
+    model = timm.create_model("simam_mobilenetv2_100", in_chans=5, num_classes=4)
+    assert output(model, channels=5).shape == (2, 4)
+    assert model.num_classes == 4
+    model.reset_classifier(6)
+    assert output(model, channels=5).shape == (2, 6)
+    assert output(timm.create_model("simam_resnet18", num_classes=0)).shape == (2, 512)
+
+
+def test_checkpoint_path_with_own_weights(tmp_path: Path) -> None:
+    model = shuffled(timm.create_model("simam_resnet18", num_classes=5))
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "own.pth.tar")
+    again = timm.create_model(
+        "simam_resnet18", num_classes=5, checkpoint_path=str(tmp_path / "own.pth.tar")
+    )
+    assert torch.equal(output(again), output(model))
+
+
+def test_checkpoint_path_with_plain_weights_of_timm(tmp_path: Path) -> None:
+    plain = shuffled(timm.create_model("resnet18"))
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    model = timm.create_model("simam_resnet18", checkpoint_path=str(tmp_path / "plain.pth"))
+    assert torch.equal(output(model), output(simam.attach(plain, e_lambda=0.1)))
+
+
+def test_checkpoint_path_that_does_not_fit(theirs: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"Missing key.*layer1\.2\.conv1\.weight"):
+        timm.create_model("simam_resnet34", checkpoint_path=str(theirs))
+
+
+def file_of(path: Path) -> dict[str, Any]:
+    return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+
+
+def created_then_loaded(file: Path, **arguments: Any) -> nn.Module:
+    model = timm.create_model("simam_resnet18", **arguments)
+    timm.models.load_checkpoint(model, str(file))
+    return model
+
+
+ROUTES: dict[str, Callable[..., nn.Module]] = {
+    "checkpoint_path": lambda file, **arguments: timm.create_model(
+        "simam_resnet18", checkpoint_path=str(file), **arguments
+    ),
+    "pretrained": lambda file, **arguments: timm.create_model(
+        "simam_resnet18", **file_of(file), **arguments
+    ),
+    "load_checkpoint": created_then_loaded,
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("arguments", [{}, {"num_classes": 0}, {"features_only": True}])
+def test_the_authors_weights(
+    route: str, arguments: dict[str, Any], theirs: Path, their_logits: Tensor
+) -> None:
+    actual = output(ROUTES[route](theirs, **arguments))
+    if "features_only" in arguments:
+        actual = actual[-1].mean((2, 3))
+    if arguments:
+        actual = filled("resnet18").fc.double()(actual).detach()
+    torch.testing.assert_close(actual, their_logits)
+
+
+def test_the_authors_weights_as_they_come_from_an_address(
+    theirs: Path, their_logits: Tensor
+) -> None:
+    # timm unpacks files, but not what it downloads.
+    content = torch.load(theirs, weights_only=True)
+    model = timm.create_model(
+        "simam_resnet18", pretrained=True, pretrained_cfg_overlay={"state_dict": content}
+    )
+    torch.testing.assert_close(output(model), their_logits)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_the_authors_weights_for_other_channels_and_classes(name: str, tmp_path: Path) -> None:
+    network = filled(name)
+    file = publish(network, tmp_path / "theirs.pth.tar")
+    ours = {"resnet18": "simam_resnet18", "mobilenet_v2": "simam_mobilenetv2_100"}[name]
+    model = timm.create_model(ours, in_chans=1, num_classes=10, **file_of(file))
+    stem = network.conv1 if name == "resnet18" else network.features[0][0]
+    first = model.get_submodule(model.pretrained_cfg["first_conv"])
+    torch.testing.assert_close(first.weight, stem.weight.sum(1, keepdim=True))
+    # One grey channel for three equal ones: the same features, up to the rounding of that sum.
+    grey = images(1)
+    with torch.no_grad():
+        expected = network.double().features(grey.expand(-1, 3, -1, -1))
+        expected = expected[-1] if name == "resnet18" else expected
+        actual = model.double().eval().forward_features(grey)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * float(expected.std()))
+        assert model(grey).shape == (2, 10)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_another_e_lambda_than_the_authors_is_kept_and_said(route: str, theirs: Path) -> None:
+    told = (
+        "these weights were trained with e_lambda=0.1, this network has 0.0001, as it was built; "
+        "for theirs leave e_lambda out"
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(told)}$"):
+        model = ROUTES[route](theirs, e_lambda=1e-4)
+    assert e_lambdas(model) == {1e-4}
+
+
+def through_a_file(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_a_file])
+def test_copies_take_the_authors_weights(
+    duplicate: Callable[[nn.Module], nn.Module], theirs: Path, their_logits: Tensor
+) -> None:
+    model = duplicate(timm.create_model("simam_resnet18"))
+    model.load_state_dict(timm.models.load_state_dict(str(theirs)))
+    torch.testing.assert_close(output(model), their_logits)
+
+
+def test_as_a_part_of_another_network() -> None:
+    model = shuffled(timm.create_model("simam_resnet18"))
+    outer, other = nn.Sequential(model), nn.Sequential(timm.create_model("simam_resnet18"))
+    other.load_state_dict(outer.state_dict())
+    assert torch.equal(output(other), output(outer))
+
+
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")  # how timm 1.0 calls it
+def test_gradient_checkpointing() -> None:
+    model = shuffled(timm.create_model("simam_resnet18", num_classes=3)).double().train()
+    results = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        assert model.grad_checkpointing is enable
+        model.zero_grad()
+        y = model(images())
+        y.backward(torch.arange(6).reshape(2, 3).double())
+        results.append([y.detach(), *(p.grad.clone() for p in model.parameters())])
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@saves_folders
+@pytest.mark.parametrize("safe", [False, True])
+def test_saved_for_the_hub_and_created_from_the_folder(safe: bool, tmp_path: Path) -> None:
+    model = shuffled(
+        timm.create_model("simam_mobilenetv2_100", num_classes=5, in_chans=4, e_lambda=0.02)
+    )
+    timm.models.save_for_hf(model, tmp_path / "saved", safe_serialization=safe)
+    again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
+    assert again.pretrained_cfg["architecture"] == "simam_mobilenetv2_100"
+    assert e_lambdas(again) == {0.02}
+    assert torch.equal(output(again, channels=4), output(model, channels=4))
+
+
+@saves_folders
+def test_the_authors_weights_saved_for_the_hub(
+    theirs: Path, their_logits: Tensor, tmp_path: Path
+) -> None:
+    model = timm.create_model("simam_resnet18", **file_of(theirs))
+    timm.models.save_for_hf(model, tmp_path / "saved")
+    again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
+    torch.testing.assert_close(output(again), their_logits)
+
+
+@pytest.mark.parametrize("base", ["resnet18", "convnext_tiny"])
+def test_pretrained_without_a_file(base: str) -> None:
+    told = (
+        f"there are no weights to download for simam_{base}; give a file: pretrained=True, "
+        "pretrained_cfg_overlay=dict(file=...), or start from those of the network without SimAM: "
+        f"simam.attach(timm.create_model('{base}', pretrained=True), e_lambda=0.1), which needs "
+        "fine-tuning"
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(told)}$"):
+        timm.create_model(f"simam_{base}", pretrained=True)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_configuration(name: str) -> None:
+    model = without_values(name)
+    cfg = model.pretrained_cfg
+    assert cfg["architecture"] == name
+    assert model.get_submodule(cfg["first_conv"]).in_channels == 3
+    assert model.get_submodule(cfg["classifier"]).out_features == cfg["num_classes"] == 1000
+
+
+def test_images_are_prepared_as_by_the_authors() -> None:
+    data = timm.data.resolve_model_data_config(timm.create_model("simam_resnet18"))
+    assert data["input_size"] == (3, 224, 224)
+    assert data["interpolation"] == "bilinear"
+    assert data["crop_pct"] == 224 / 256
+    assert data["mean"] == (0.485, 0.456, 0.406)
+    assert data["std"] == (0.229, 0.224, 0.225)
+
+
+def test_missing_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "simam.models")
+    monkeypatch.setitem(sys.modules, "timm.data", None)
+    with pytest.raises(ImportError, match=re.escape('pip install "simam[timm]"')):
+        importlib.import_module("simam.models")
+
+
+def test_a_script_of_timms_with_the_launcher_of_the_docs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "timm.md").read_text()
+    launcher = re.search(r"```python\n(# with_simam\.py\n.*?)```", page, re.DOTALL)
+    assert launcher is not None
+    (tmp_path / "with_simam.py").write_text(launcher[1])
+    script = "import sys, timm\nif __name__ == '__main__':\n    "
+    script += "print(sys.argv, timm.is_model('simam_resnet18'))\n"
+    (tmp_path / "train.py").write_text(script)
+    command = [sys.executable, "with_simam.py", "train.py", "--model", "simam_resnet18"]
+    environment = os.environ | {"PYTHONPATH": str(Path(simam.__file__).parents[1])}
+    result = subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert result.stdout == "['train.py', '--model', 'simam_resnet18'] True\n"

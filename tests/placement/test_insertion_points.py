@@ -1,0 +1,123 @@
+"""Where plan puts SimAM in the networks that people use, against a list of facts about them."""
+
+import inspect
+import json
+import re
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from simam import attach, plan
+
+timm = pytest.importorskip("timm", reason="the list names models of timm")
+torchvision = pytest.importorskip("torchvision", reason="the list names models of torchvision")
+
+POINTS = json.loads(Path(__file__).with_name("insertion_points.json").read_text())
+
+# One model for each way to build or to gate a block, and for each subclass of a convolution.
+TIMM_SAMPLE = {
+    "resnet18",
+    "resnetv2_50x1_bit",  # pre-activation, StdConv2d
+    "nfnet_l0",  # no norms, ScaledStdConv2d
+    "seresnet18",
+    "eca_resnext26ts",
+    "gcresnet33ts",
+    "skresnet18",  # parallel convolutions that a softmax weighs
+    "resnest14d",  # a softmax over the groups of one
+    "res2net50d",  # a chain of convolutions, all of them concatenated
+    "cspresnet50w",
+    "dla34",  # sums of trees
+    "hrnet_w18_small_v2",  # sums of resolutions
+    "resnetblur50",  # a fixed filter after the convolution
+    "regnety_002",
+    "efficientnet_lite0",
+    "tf_mobilenetv3_small_minimal_100",  # Conv2dSame
+    "mixnet_s",  # MixedConv2d
+    "mobilenetv4_conv_small_035",  # two depthwise convolutions
+    "repghostnet_050",  # sums to fold later
+    "convnext_tiny",
+    "inception_next_tiny",  # parallel convolutions with the identity beside them
+    "edgenext_small",
+    "botnet26t_256",  # attention in the branch
+    "lambda_resnet50ts",
+    "coatnet_0_224",
+    "pvt_v2_b2_li",
+    "mobilevitv2_050",
+    "test_mambaout",
+}
+NONE_SAMPLE = {
+    "timm/inception_v3",
+    "timm/lcnetv2_small",  # no skips at all
+    "timm/levit_128",
+    "timm/mobileone_s0",  # sums to fold later
+    "timm/nasnetalarge",  # cells
+    "timm/repvit_m1",
+    "timm/selecsls42",
+    "timm/test_vit2",
+    "timm/twins_svt_small",
+}
+
+
+def sampled(names, sample):
+    """Test cases; those outside the sample run with -m sweep alone."""
+    return [pytest.param(n, marks=[] if n in sample else pytest.mark.sweep) for n in names]
+
+
+def build(library: str, name: str) -> nn.Module:
+    """The model without weights, on the meta device, where size costs nothing."""
+    if library == "timm":
+        if not timm.is_model(name):
+            pytest.skip(f"{name} is not in timm {timm.__version__}")
+        with torch.device("meta"):
+            return timm.create_model(name, pretrained=False)
+    builder = torchvision.models.get_model_builder(name)
+    accepted = {"weights", "weights_backbone"} & inspect.signature(builder).parameters.keys()
+    # torchvision computes the widths of a regnet with tensors, which must hold values.
+    on_cpu = {f: partial(getattr(torch, f), device="cpu") for f in ("arange", "tensor")}
+    widths = mock.patch.multiple(torch, **on_cpu) if "regnet" in name else nullcontext()
+    with torch.device("meta"), widths:
+        return builder(**dict.fromkeys(accepted))
+
+
+@pytest.mark.parametrize("name", POINTS["torchvision"])
+def test_torchvision(name: str) -> None:
+    model = build("torchvision", name)
+    assert sorted(i.path for i in plan(model)) == sorted(POINTS["torchvision"][name])
+
+
+@pytest.mark.parametrize("name", sampled(POINTS["timm"], TIMM_SAMPLE))
+def test_timm(name: str) -> None:
+    model = build("timm", name)
+    assert sorted(i.path for i in plan(model)) == sorted(POINTS["timm"][name])
+
+
+# From torchvision, of googlenet and inception_v3, which are refused whatever their weights.
+@pytest.mark.filterwarnings("ignore:The default weight initialization of:FutureWarning")
+@pytest.mark.parametrize(
+    "name",
+    sampled(
+        POINTS["none"], {n for n in POINTS["none"] if n.startswith("torchvision")} | NONE_SAMPLE
+    ),
+)
+def test_refused(name: str) -> None:
+    model = build(*name.split("/"))
+    before = [(path, type(module)) for path, module in model.named_modules()]
+    message = (
+        f"found no place for SimAM in this {type(model).__name__}: no residual block whose branch "
+        "holds a spatial (kernel > 1) convolution and a non-linearity. "
+        "Choose convolutions with where=, for example where='features.*'."
+    )
+    for verb in (plan, attach):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            verb(model)
+    assert [(path, type(module)) for path, module in model.named_modules()] == before
+
+
+def test_samples_are_in_the_list() -> None:
+    assert POINTS["timm"].keys() >= TIMM_SAMPLE
+    assert set(POINTS["none"]) >= NONE_SAMPLE
