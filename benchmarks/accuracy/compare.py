@@ -38,7 +38,7 @@ from benchmarks.speed.timing import facts, interleave, quartiles
 from simam.messages import UserError
 
 # Options of train.py that are not the user's to give here.
-INSTEAD = {
+RESERVED_OPTIONS = {
     "--attention": "every attention is trained; choose some by --only",
     "--seed": "seeds are counted from 0; choose how many by --seeds",
     "--evaluate": "this script trains",
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for runs and results")
     parser.add_argument("--seconds", type=float, default=60.0, help="to time steps for")
     options, rest = parser.parse_known_args()
-    for name, instead in INSTEAD.items():
+    for name, instead in RESERVED_OPTIONS.items():
         if any(argument.partition("=")[0] == name for argument in rest):
             parser.error(f"{name}: expected none, {instead}")
     names = tuple(options.only or networks.ATTENTION)

@@ -15,10 +15,10 @@ try:
     import torch
 
     from benchmarks.accuracy.common.checkpoint import load, write_json
-    from benchmarks.accuracy.common.distributed import Processes, processes
+    from benchmarks.accuracy.common.distributed import DistributedContext, distributed_context
     from benchmarks.accuracy.common.options import exit_on_user_error
     from benchmarks.accuracy.common.run import Run, checkpoint
-    from benchmarks.accuracy.common.sampler import Batches, seed
+    from benchmarks.accuracy.common.sampler import DistributedBatchSampler, seed
     from benchmarks.accuracy.detection import coco, drawing, models, shapes
     from benchmarks.accuracy.detection.dataset import Examples
     from benchmarks.accuracy.detection.evaluation import Figures, detect, score, table
@@ -47,11 +47,11 @@ def run(options: argparse.Namespace) -> Figures | None:
     Raises:
         UserError: what was asked for cannot be done; the message says what to do instead.
     """
-    with processes(options.device) as group:
-        return evaluate(options, group) if options.evaluate else train(options, group)
+    with distributed_context(options.device) as dist_context:
+        return evaluate(options, dist_context) if options.evaluate else train(options, dist_context)
 
 
-def evaluate(options: argparse.Namespace, group: Processes) -> Figures:
+def evaluate(options: argparse.Namespace, dist_context: DistributedContext) -> Figures:
     """The figures of a checkpoint, with the detector that it is of."""
     content = load(options.weights)
     settings = content.get("settings", {})
@@ -66,7 +66,7 @@ def evaluate(options: argparse.Namespace, group: Processes) -> Figures:
                     f"{was}; leave the option out"
                 )
     recipe = recipe.changed(options.numbers)
-    val = read(options, group, recipe, options.splits[1])
+    val = read(options, dist_context, recipe, options.splits[1])
     were = settings.get("categories", val.categories)
     if were != val.categories:
         raise UserError(
@@ -75,24 +75,24 @@ def evaluate(options: argparse.Namespace, group: Processes) -> Figures:
         )
     model = models.build(recipe, len(val.categories))
     load_weights(model, str(options.weights))
-    figures = measure(model.to(group.device), val, recipe, group, options)
-    if group.first:
+    figures = measure(model.to(dist_context.device), val, recipe, dist_context, options)
+    if dist_context.is_primary:
         print(f"{table(figures)}\n{options.output / 'evaluation.json'}")
     return figures
 
 
-def train(options: argparse.Namespace, group: Processes) -> Figures | None:
+def train(options: argparse.Namespace, dist_context: DistributedContext) -> Figures | None:
     """Epoch after epoch, each with its figures, its row in the log and its checkpoint."""
     recipe = RECIPES[options.recipe].changed(options.numbers)
     saved = checkpoint(options.output, resume=options.resume)
-    splits = [read(options, group, recipe, split) for split in options.splits]
+    splits = [read(options, dist_context, recipe, split) for split in options.splits]
     (classes, val_classes), val = (split.categories for split in splits), splits[1]
     if classes != val_classes:
         raise UserError(
             f"{splits[0].file} has {listed(classes)}, {val.file} has {listed(val_classes)}; "
             "expected the same in both"
         )
-    trainer = prepare(options, group, recipe, splits[0], go_on=saved is not None)
+    trainer = prepare(options, dist_context, recipe, splits[0], go_on=saved is not None)
     settings = asdict(recipe) | {
         "amp": options.amp,
         "seed": options.seed,
@@ -117,20 +117,25 @@ def train(options: argparse.Namespace, group: Processes) -> Figures | None:
         row: dict[str, Any] = {"epoch": len(run.rows) + 1} | trainer.epoch()
         row["lr"] = trainer.optimizer.param_groups[0]["lr"]
         done = row["epoch"] == recipe.epochs
-        figures = measure(trainer.model, val, recipe, group, options, picture=done)
+        figures = measure(trainer.model, val, recipe, dist_context, options, picture=done)
         row |= {f"{kind} {name}": found[name] for kind, found in figures.items() for name in LOGGED}
         row |= {"steps": trainer.step, "seconds": round(time.perf_counter() - start, 2)}
         run.add(row)
-        if group.first:
+        if dist_context.is_primary:
             print_row(row)
     run.close()
-    if group.first:
+    if dist_context.is_primary:
         print(closing(run.rows, options.output))
     return figures
 
 
 def prepare(
-    options: argparse.Namespace, group: Processes, recipe: Recipe, split: coco.Split, *, go_on: bool
+    options: argparse.Namespace,
+    dist_context: DistributedContext,
+    recipe: Recipe,
+    split: coco.Split,
+    *,
+    go_on: bool,
 ) -> Trainer:
     """A detector before its first step; one that goes on gets its weights later."""
     seed(options.seed)
@@ -138,36 +143,40 @@ def prepare(
     if options.backbone_weights and not go_on:
         models.load_backbone(model, options.backbone_weights, recipe)
     data = Examples(split, masks=recipe.masks, flip=recipe.flip)
-    parts = group.size * options.accumulate
+    parts = dist_context.size * options.accumulate
     if recipe.batch_size % parts:
         raise UserError(
             f"--batch-size {recipe.batch_size}: expected a multiple of {parts}, which is "
-            f"{group.size} processes times --accumulate {options.accumulate}"
+            f"{dist_context.size} processes times --accumulate {options.accumulate}"
         )
     if recipe.batch_size > len(data):
         raise UserError(
             f"--batch-size {recipe.batch_size}: expected at most {len(data)}, as many as there "
             f"are images with objects in {split.file}"
         )
-    batches = Batches(
+    batches = DistributedBatchSampler(
         len(data),
         recipe.batch_size,
         options.seed,
-        rank=group.rank,
-        processes=group.size,
+        rank=dist_context.rank,
+        processes=dist_context.size,
         accumulate=options.accumulate,
     )
-    model = model.to(group.device)
-    return Trainer(model, recipe, group, data, batches, amp=options.amp, workers=options.workers)
+    model = model.to(dist_context.device)
+    return Trainer(
+        model, recipe, dist_context, data, batches, amp=options.amp, workers=options.workers
+    )
 
 
-def read(options: argparse.Namespace, group: Processes, recipe: Recipe, split: str) -> coco.Split:
+def read(
+    options: argparse.Namespace, dist_context: DistributedContext, recipe: Recipe, split: str
+) -> coco.Split:
     """The annotations of a split; the shapes are drawn if they are asked for and not there."""
-    if options.shapes and group.first:
+    if options.shapes and dist_context.is_primary:
         shapes.write(options.data)
-    group.wait()
+    dist_context.barrier()
     found = coco.read(options.data, split, masks=recipe.masks)
-    if found.left_out and group.first:
+    if found.left_out and dist_context.is_primary:
         print(f"detect.py: warning: {found.file}: left out {found.left_out}", file=sys.stderr)
     return found
 
@@ -176,17 +185,17 @@ def measure(
     model: torch.nn.Module,
     val: coco.Split,
     recipe: Recipe,
-    group: Processes,
+    dist_context: DistributedContext,
     options: argparse.Namespace,
     *,
     picture: bool = True,
 ) -> Figures:
     """All figures of a detector, and the files that show them."""
-    detections = detect(model, val, group, workers=options.workers)
+    detections = detect(model, val, dist_context, workers=options.workers)
     figures = score(val, detections, masks=recipe.masks)
-    if group.first:
+    if dist_context.is_primary:
         write_json(figures, options.output / "evaluation.json")
-    if group.first and picture:
+    if dist_context.is_primary and picture:
         drawing.draw(val, detections, options.output / "detections.png")
     return figures
 

@@ -18,10 +18,10 @@ try:
     from benchmarks.accuracy.classification import datasets, networks
     from benchmarks.accuracy.classification.recipes import RECIPES, length, optimizer, schedule
     from benchmarks.accuracy.classification.trainer import Trainer, evaluate
-    from benchmarks.accuracy.common.distributed import Processes, processes
+    from benchmarks.accuracy.common.distributed import DistributedContext, distributed_context
     from benchmarks.accuracy.common.options import add_where, exit_on_user_error, positive
     from benchmarks.accuracy.common.run import Run, checkpoint
-    from benchmarks.accuracy.common.sampler import Batches
+    from benchmarks.accuracy.common.sampler import DistributedBatchSampler
 except ImportError as missing:
     print(f'train.py: error: {missing}: pip install "simam[train]"', file=sys.stderr)
     raise SystemExit(2) from None
@@ -31,8 +31,17 @@ from simam.cli.models import load_weights
 from simam.messages import UserError, one_line
 
 # What a run may change when it goes on.
-FREE = {"output", "resume", "workers", "device", "data", "tensorboard", "evaluate", "accumulate"}
-OF_THE_RECIPE = ("model", "e_lambda", "batch_size", "lr", "weight_decay", "momentum", "input_size")
+RESUMABLE_OPTIONS = {
+    "output",
+    "resume",
+    "workers",
+    "device",
+    "data",
+    "tensorboard",
+    "evaluate",
+    "accumulate",
+}
+RECIPE_FIELDS = ("model", "e_lambda", "batch_size", "lr", "weight_decay", "momentum", "input_size")
 CURVES = {"loss": ("train_loss", "loss"), "accuracy in percent": ("train_top1", "top1")}
 AVERAGED = {"average of the weights": ("top1", "ema_top1")}
 
@@ -68,7 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     where.add_argument("--deterministic", action="store_true", help="on GPUs: exact, but slower")
     options = parser.parse_args(arguments)
     recipe = RECIPES[options.recipe]
-    for name in OF_THE_RECIPE:
+    for name in RECIPE_FIELDS:
         if getattr(options, name) is None:
             setattr(options, name, getattr(recipe, name))
     if options.workers is None:
@@ -120,39 +129,39 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: what was asked for cannot be done; the message says what to do instead.
     """
-    with processes(options.device) as group:
+    with distributed_context(options.device) as dist_context:
         if options.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
             torch.use_deterministic_algorithms(True)
-        recipe = replace(RECIPES[options.recipe], **{n: vars(options)[n] for n in OF_THE_RECIPE})
+        recipe = replace(RECIPES[options.recipe], **{n: vars(options)[n] for n in RECIPE_FIELDS})
         data = datasets.load(options.dataset, options.data, recipe)
         model = build(options, len(data.classes))
         check(model, data, options)
-        model = model.to(group.device)
+        model = model.to(dist_context.device)
         if options.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if options.compile:
             model.compile()
         if options.evaluate:
-            return _evaluate(model, data.test, group, options)
+            return _evaluate(model, data.test, dist_context, options)
         saved = checkpoint(options.output, resume=options.resume)
-        part = group.size * options.accumulate
+        part = dist_context.size * options.accumulate
         if options.batch_size % part:
             raise UserError(
                 f"--batch-size {options.batch_size}: expected a multiple of {part}, which is "
-                f"{group.size} processes times --accumulate {options.accumulate}"
+                f"{dist_context.size} processes times --accumulate {options.accumulate}"
             )
         if options.batch_size > len(data.train):
             raise UserError(
                 f"--batch-size {options.batch_size}: expected at most the {len(data.train)} "
                 "images that are trained on"
             )
-        batches = Batches(
+        batches = DistributedBatchSampler(
             len(data.train),
             options.batch_size,
             options.seed,
-            rank=group.rank,
-            processes=group.size,
+            rank=dist_context.rank,
+            processes=dist_context.size,
             accumulate=options.accumulate,
         )
         steps = length(recipe, batches.steps, options.epochs)
@@ -161,7 +170,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             model,
             sgd,
             schedule(sgd, recipe, steps),
-            group,
+            dist_context,
             data.train,
             batches,
             amp=options.amp,
@@ -180,8 +189,8 @@ def _train(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Epoch after epoch, each with its row in the log and its checkpoint."""
-    group = trainer.processes
-    settings = {k: v for k, v in vars(options).items() if k not in FREE}
+    dist_context = trainer.dist_context
+    settings = {k: v for k, v in vars(options).items() if k not in RESUMABLE_OPTIONS}
     settings |= {"weights": options.weights and str(options.weights)}
     settings |= {"images_of_a_norm": trainer.batches.part}  # that are normalised together
     run = Run(
@@ -198,17 +207,17 @@ def _train(
         lr = trainer.optimizer.param_groups[0]["lr"]
         row: dict[str, Any] = {"epoch": len(run.rows) + 1, "lr": lr}
         row |= trainer.epoch(len(run.rows), steps)
-        row |= _score(trainer.model, test, group, options)
+        row |= _score(trainer.model, test, dist_context, options)
         if trainer.ema:
-            found = _score(trainer.ema.module, test, group, options)
+            found = _score(trainer.ema.module, test, dist_context, options)
             row |= {f"ema_{name}": value for name, value in found.items()}
         row |= {"steps": trainer.step, "seconds": round(time.perf_counter() - start, 2)}
         run.add(row)
-        if group.first:
+        if dist_context.is_primary:
             _print_row(row)
     run.close()
     last, best = run.rows[-1], max(row["top1"] for row in run.rows)
-    if group.first:
+    if dist_context.is_primary:
         print(f"top-1 {last['top1']:.2f} %, best {best:.2f} %; see {options.output}")
     return last
 
@@ -216,14 +225,14 @@ def _train(
 def _score(
     model: torch.nn.Module,
     data: torch.utils.data.Dataset,
-    group: Processes,
+    dist_context: DistributedContext,
     options: argparse.Namespace,
 ) -> dict[str, float]:
     return evaluate(
         model,
         data,
-        group,
-        batch=max(1, options.batch_size // group.size),
+        dist_context,
+        batch=max(1, options.batch_size // dist_context.size),
         amp=options.amp,
         channels_last=options.channels_last,
         workers=options.workers,
@@ -233,11 +242,11 @@ def _score(
 def _evaluate(
     model: torch.nn.Module,
     data: torch.utils.data.Dataset,
-    group: Processes,
+    dist_context: DistributedContext,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    found = _score(model, data, group, options)
-    if group.first:
+    found = _score(model, data, dist_context, options)
+    if dist_context.is_primary:
         print(f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, loss {found['loss']:.4f}")
     return found
 

@@ -17,8 +17,8 @@ for name in ("torchvision", "timm", "pycocotools", "matplotlib"):
 
 import simam
 from benchmarks.accuracy import detect
-from benchmarks.accuracy.common.distributed import Processes
-from benchmarks.accuracy.common.sampler import Batches, seed
+from benchmarks.accuracy.common.distributed import DistributedContext
+from benchmarks.accuracy.common.sampler import DistributedBatchSampler, seed
 from benchmarks.accuracy.detection import shapes
 from benchmarks.accuracy.detection.coco import read
 from benchmarks.accuracy.detection.dataset import Examples
@@ -27,7 +27,7 @@ from benchmarks.accuracy.detection.trainer import Trainer
 from simam.messages import UserError
 from tests.helpers.detection import TINY_OPTIONS, Capture, content, message, run, store, tiny
 
-HERE = Processes(0, 1, torch.device("cpu"))
+HERE = DistributedContext(0, 1, torch.device("cpu"))
 SPLITS = ["--splits", "train", "val"]
 FOLDERS = [str(Path(module.__file__).parents[n]) for n, module in enumerate((detect, simam))]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(FOLDERS), "OMP_NUM_THREADS": "1"}
@@ -164,7 +164,7 @@ def test_losses_fall_on_images_that_are_learned_by_heart(data: Path) -> None:
     recipe = tiny(batch_size=2, epochs=8, lr=0.005, milestones=(20,))
     examples = Examples(read(data, "train", masks=True), masks=True, flip=0.0)
     seed(0)
-    trainer = Trainer(build(recipe, 3), recipe, HERE, examples, Batches(8, 2, 0))
+    trainer = Trainer(build(recipe, 3), recipe, HERE, examples, DistributedBatchSampler(8, 2, 0))
     losses = [trainer.epoch() for _ in range(recipe.epochs)]
     assert losses[-1]["loss"] < 0.7 * losses[0]["loss"]
     for name in ("loss_classifier", "loss_mask", "loss_objectness"):
@@ -232,8 +232,8 @@ def work(rank: int, data: str, folder: str) -> None:
     try:
         examples = Examples(read(Path(data), "train", masks=True), masks=True, flip=0.0)
         seed(0)
-        batches = Batches(8, 4, 0, rank=rank, processes=2)
-        here = Processes(rank, 2, torch.device("cpu"))
+        batches = DistributedBatchSampler(8, 4, 0, rank=rank, processes=2)
+        here = DistributedContext(rank, 2, torch.device("cpu"))
         trainer = Trainer(build(tiny(), 3), tiny(), here, examples, batches)
         losses = trainer.epoch()
         torch.save({"losses": losses, "state_dict": trainer.model.state_dict()}, f"{folder}/{rank}")

@@ -13,7 +13,7 @@ for name in ("torchvision", "timm", "pycocotools"):
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.accuracy.common.distributed import Processes
+from benchmarks.accuracy.common.distributed import DistributedContext
 from benchmarks.accuracy.detection import drawing, shapes
 from benchmarks.accuracy.detection.coco import Split, read
 from benchmarks.accuracy.detection.dataset import Examples
@@ -21,7 +21,7 @@ from benchmarks.accuracy.detection.evaluation import NAMES, detect, in_coco_form
 from benchmarks.accuracy.detection.models import build
 from tests.helpers.detection import annotation, content, stored, tiny
 
-HERE = Processes(0, 1, torch.device("cpu"))
+HERE = DistributedContext(0, 1, torch.device("cpu"))
 Targets = dict[int, dict[str, Tensor]]
 
 
@@ -223,7 +223,7 @@ def test_two_processes_see_each_image_once(tmp_path: Path) -> None:
     models = []
     for rank in range(2):
         models.append(Oracle(split))
-        alone = Processes(rank, 2, torch.device("cpu"))
+        alone = DistributedContext(rank, 2, torch.device("cpu"))
         with pytest.raises(ValueError, match="Default process group"):  # there is none to gather in
             detect(models[-1], split, alone)
     assert [model.seen for model in models] == [[5, 8], [3]]

@@ -11,8 +11,8 @@ for name in ("torchvision", "timm", "pycocotools"):
 
 from torch.utils.data import Dataset
 
-from benchmarks.accuracy.common.distributed import Processes
-from benchmarks.accuracy.common.sampler import Batches
+from benchmarks.accuracy.common.distributed import DistributedContext
+from benchmarks.accuracy.common.sampler import DistributedBatchSampler
 from benchmarks.accuracy.detection.models import build
 from benchmarks.accuracy.detection.recipes import RECIPES, Recipe
 from benchmarks.accuracy.detection.trainer import Trainer
@@ -22,7 +22,7 @@ from tests.helpers.detection import tiny
 
 PAPER = RECIPES["paper-coco"]
 STEPS = 14786  # of an epoch: COCO's train2017 has 118287 images, 117266 of them with objects
-HERE = Processes(0, 1, torch.device("cpu"))
+HERE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 class Pictures(Dataset):
@@ -44,7 +44,9 @@ def model() -> nn.Module:
 
 def test_the_paper_trains_with_sgd(model: nn.Module) -> None:
     assert (PAPER.epochs, PAPER.batch_size) == (12, 8)
-    trainer = Trainer(model, PAPER, HERE, Pictures(8), Batches(8, PAPER.batch_size, 0))
+    trainer = Trainer(
+        model, PAPER, HERE, Pictures(8), DistributedBatchSampler(8, PAPER.batch_size, 0)
+    )
     assert isinstance(trainer.optimizer, torch.optim.SGD)
     (group,) = trainer.optimizer.param_groups  # norms and biases with the rest
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
@@ -73,7 +75,7 @@ def test_the_rate_of_the_paper(step: int, rate: float) -> None:
 
 def test_every_step_is_taken_at_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny(model="fasterrcnn_resnet18_fpn", epochs=3, milestones=(1, 2), warmup_steps=3)
-    batches = Batches(8, 4, 0)  # 2 steps in an epoch
+    batches = DistributedBatchSampler(8, 4, 0)  # 2 steps in an epoch
     trainer = Trainer(build(recipe, 1), recipe, HERE, Pictures(8), batches)
     rates = []
     taken = trainer.optimizer.step

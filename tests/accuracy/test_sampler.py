@@ -23,9 +23,9 @@ class Draws(Dataset):
 
 
 def items(workers: int, epochs: list[int], **options: int) -> list[list[list[float]]]:
-    batches = seeds.Batches(12, 4, 5, **options)
+    batches = seeds.DistributedBatchSampler(12, 4, 5, **options)
     loader = DataLoader(
-        seeds.Seeded(Draws(), 5),
+        seeds.SeededDataset(Draws(), 5),
         batch_sampler=batches,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -49,11 +49,15 @@ def test_neither_workers_nor_history_change_an_epoch() -> None:
 
 @pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (1, 4), (2, 2), (4, 1), (2, 1)])
 def test_parts_make_up_the_same_batches(processes: int, accumulate: int) -> None:
-    whole = list(seeds.Batches(23, 8, 1))
+    whole = list(seeds.DistributedBatchSampler(23, 8, 1))
     assert len(whole) == 2
     assert len({index for batch in whole for _, index in batch}) == 16
     parts = [
-        list(seeds.Batches(23, 8, 1, rank=rank, processes=processes, accumulate=accumulate))
+        list(
+            seeds.DistributedBatchSampler(
+                23, 8, 1, rank=rank, processes=processes, accumulate=accumulate
+            )
+        )
         for rank in range(processes)
     ]
     for step, batch in enumerate(whole):
@@ -66,7 +70,7 @@ def test_parts_make_up_the_same_batches(processes: int, accumulate: int) -> None
 
 def test_order_depends_on_seed_and_epoch() -> None:
     def order(number: int, epoch: int) -> list[int]:
-        batches = seeds.Batches(100, 100, number)
+        batches = seeds.DistributedBatchSampler(100, 100, number)
         batches.epoch = epoch
         return [index for batch in batches for _, index in batch]
 

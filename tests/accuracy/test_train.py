@@ -30,11 +30,11 @@ engine = importlib.import_module("benchmarks.accuracy.classification.trainer")
 networks = importlib.import_module("benchmarks.accuracy.classification.networks")
 files = importlib.import_module("benchmarks.accuracy.common.checkpoint")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # The simam that is tested here, and sums in the order in which they are taken here.
 SIMAM = str(Path(simam.__file__).parents[1])
 ENVIRONMENT = os.environ | {"PYTHONPATH": SIMAM, "OMP_NUM_THREADS": "1"}
-SCRIPT = str(ROOT / "benchmarks" / "train.py")
+SCRIPT = ["-m", "benchmarks.accuracy.train"]
 
 
 class Tiny(nn.Module):
@@ -64,7 +64,7 @@ def run(output: Path, *arguments: str) -> dict[str, Any]:
 
 
 def script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPT, *arguments]
+    command = [sys.executable, *SCRIPT, *arguments]
     return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
 
 
@@ -153,7 +153,7 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(
 
 
 def test_killed_and_resumed_from_outside(tmp_path: Path) -> None:
-    command = [sys.executable, SCRIPT, "--epochs", "3", "--model", "cifar_resnet20"]
+    command = [sys.executable, *SCRIPT, "--epochs", "3", "--model", "cifar_resnet20"]
     subprocess.run([*command, "--output", "whole"], cwd=tmp_path, env=ENVIRONMENT, check=True)
     command += ["--output", "killed", "--resume"]
     process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE)
@@ -174,7 +174,7 @@ def test_two_processes_train_as_one_that_takes_two_turns(tmp_path: Path, attenti
     options += ["--device", "cpu", "--lr", "0.01"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     done = subprocess.run(
-        [*launch, SCRIPT, *options, "--output", "two"],
+        [*launch, *SCRIPT, *options, "--output", "two"],
         cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -254,7 +254,7 @@ def test_a_step_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_accuracy_by_hand() -> None:
     scores = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 0, 0, 0, 1]])
     data = [(scores[0], 0), (scores[0], 4), (scores[0], 5), (scores[1], 2), (scores[2], 6)]
-    group = distributed.Processes(0, 1, torch.device("cpu"))
+    dist_context = distributed.DistributedContext(0, 1, torch.device("cpu"))
     model = nn.Flatten()
 
     class Images(nn.Module):
@@ -264,7 +264,7 @@ def test_accuracy_by_hand() -> None:
 
     images = [(row[:, None, None], label) for row, label in data]
     found = engine.evaluate(
-        Images(), images, group, batch=2, amp="none", channels_last=False, workers=0
+        Images(), images, dist_context, batch=2, amp="none", channels_last=False, workers=0
     )
     assert found["top1"] == pytest.approx(40)
     assert found["top5"] == pytest.approx(80)

@@ -11,24 +11,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from benchmarks.accuracy.common.distributed import Processes
-from benchmarks.accuracy.common.sampler import Batches
-from benchmarks.accuracy.common.trainer import Steps, autocast
+from benchmarks.accuracy.common.distributed import DistributedContext
+from benchmarks.accuracy.common.sampler import DistributedBatchSampler
+from benchmarks.accuracy.common.trainer import BaseTrainer, autocast
 from simam.messages import UserError
 
 LOOK = 50  # steps between two looks at the loss, for each of which a GPU has to wait
 
 
-class Trainer(Steps):
+class Trainer(BaseTrainer):
     """A classifier in training.
 
     Args:
         model (nn.Module): the network, on its device.
         optimizer (Optimizer): of its parameters.
         scheduler (Scheduler): timm's, counting steps.
-        processes (Processes): that train together.
+        dist_context (DistributedContext): that train together.
         data (Dataset): what is trained on.
-        batches (Batches): in which order.
+        batches (DistributedBatchSampler): in which order.
         amp (str): "none", or the dtype of what autocast computes.
         channels_last (bool): layout of the images.
         ema (float or None): decay of the average of the weights; none: there is no average.
@@ -40,9 +40,9 @@ class Trainer(Steps):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: Scheduler,
-        processes: Processes,
+        dist_context: DistributedContext,
         data: Dataset,
-        batches: Batches,
+        batches: DistributedBatchSampler,
         *,
         amp: str,
         channels_last: bool,
@@ -50,7 +50,7 @@ class Trainer(Steps):
         workers: int,
     ) -> None:
         self.ema = None if ema is None else ModelEmaV3(model, decay=ema)
-        super().__init__(model, optimizer, processes, data, batches, amp=amp, workers=workers)
+        super().__init__(model, optimizer, dist_context, data, batches, amp=amp, workers=workers)
         self.scheduler, self.channels_last = scheduler, channels_last
 
     def state(self) -> dict[str, Any]:
@@ -76,14 +76,14 @@ class Trainer(Steps):
         """
         self.parallel.train()
         self.batches.epoch = number
-        sums = torch.zeros(3, dtype=torch.float64, device=self.processes.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.dist_context.device)
         turns, accumulate = iter(self.loader), self.batches.accumulate
         some = min(self.batches.steps, steps - self.step)
         with tqdm(
             total=some,
             desc=f"epoch {number + 1}",
             leave=False,
-            disable=None if self.processes.first else True,
+            disable=None if self.dist_context.is_primary else True,
         ) as bar:
             for done in range(1, some + 1):
                 sums += sum(self._turn(*next(turns), turn) for turn in range(accumulate))
@@ -94,16 +94,16 @@ class Trainer(Steps):
                 bar.update()
                 if done % LOOK == 0 or done == some:
                     bar.set_postfix(loss=f"{self._mean_loss(sums):.3f}")
-        if self.processes.size > 1:
-            distribute_bn(self.model, self.processes.size)
-        loss, right, images = self.processes.total(sums).tolist()
+        if self.dist_context.size > 1:
+            distribute_bn(self.model, self.dist_context.size)
+        loss, right, images = self.dist_context.all_reduce_sum(sums).tolist()
         return {"train_loss": loss / images, "train_top1": 100 * right / images}
 
     def _turn(self, images: Tensor, labels: Tensor, turn: int) -> Tensor:
         """Add the gradients of a part of a batch; its loss, hits and images."""
-        images, labels = place(images, labels, self.processes.device, self.channels_last)
+        images, labels = place(images, labels, self.dist_context.device, self.channels_last)
         with self.part(turn):
-            with autocast(self.processes.device, self.amp):
+            with autocast(self.dist_context.device, self.amp):
                 scores = self.parallel(images)
                 if not isinstance(scores, Tensor):
                     raise UserError(
@@ -129,7 +129,7 @@ class Trainer(Steps):
 def evaluate(
     model: nn.Module,
     data: Dataset,
-    processes: Processes,
+    dist_context: DistributedContext,
     *,
     batch: int,
     amp: str,
@@ -141,28 +141,28 @@ def evaluate(
     Args:
         model (nn.Module): the network, on its device.
         data (Dataset): (image, class); each process takes its share.
-        processes (Processes): that evaluate together.
+        dist_context (DistributedContext): that evaluate together.
         batch (int): images at a time.
         amp (str): as for training.
         channels_last (bool): as for training.
         workers (int): processes that prepare images.
     """
-    share = Subset(data, range(processes.rank, len(data), processes.size))
+    share = Subset(data, range(dist_context.rank, len(data), dist_context.size))
     loader = DataLoader(share, batch, num_workers=workers)
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=dist_context.device)
     for images, labels in tqdm(
-        loader, desc="test", leave=False, disable=None if processes.first else True
+        loader, desc="test", leave=False, disable=None if dist_context.is_primary else True
     ):
-        images, labels = place(images, labels, processes.device, channels_last)
-        with autocast(processes.device, amp):
+        images, labels = place(images, labels, dist_context.device, channels_last)
+        with autocast(dist_context.device, amp):
             scores = model(images)
         scores = scores.float()
         best = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
         sums[0] += F.cross_entropy(scores, labels, reduction="sum")
         sums[1] += best[:, 0].sum()
         sums[2] += best.sum()
-    loss, top1, top5 = (processes.total(sums) / len(data)).tolist()
+    loss, top1, top5 = (dist_context.all_reduce_sum(sums) / len(data)).tolist()
     return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
 
 

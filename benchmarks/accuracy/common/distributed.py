@@ -14,7 +14,7 @@ from simam.messages import UserError
 
 
 @dataclass(frozen=True)
-class Processes:
+class DistributedContext:
     """This process among those that train together.
 
     Attributes:
@@ -28,24 +28,24 @@ class Processes:
     device: torch.device
 
     @property
-    def first(self) -> bool:
+    def is_primary(self) -> bool:
         """Whether this process prints and writes."""
         return self.rank == 0
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Go on when all processes are here."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
-def processes(device: str | None = None) -> Iterator[Processes]:
+def distributed_context(device: str | None = None) -> Iterator[DistributedContext]:
     """Join the processes that torchrun started, by NCCL on GPUs and by gloo elsewhere.
 
     Args:
@@ -64,7 +64,7 @@ def processes(device: str | None = None) -> Iterator[Processes]:
     found = SimpleNamespace(device=device)
     init_distributed_device(found)
     try:
-        yield Processes(found.rank, found.world_size, torch.device(found.device))
+        yield DistributedContext(found.rank, found.world_size, torch.device(found.device))
     finally:
         if found.distributed:
             dist.destroy_process_group()

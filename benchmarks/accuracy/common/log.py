@@ -14,7 +14,7 @@ from .checkpoint import write_whole
 _EXTRA = 'pip install "simam[train]"'
 
 
-class Journal:
+class RunLog:
     """The rows of a run, written to `log.csv` as they come and to `curves.png` at the end.
 
     Args:

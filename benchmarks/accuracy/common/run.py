@@ -10,8 +10,8 @@ import simam
 from simam.messages import UserError
 
 from .checkpoint import load, save, write_json
-from .log import Journal
-from .trainer import Steps
+from .log import RunLog
+from .trainer import BaseTrainer
 
 _LAST = "last.pth"
 
@@ -39,7 +39,7 @@ class Run:
 
     Args:
         folder (Path): where its files are.
-        trainer (Steps): what is trained; it is put where the checkpoint was written.
+        trainer (BaseTrainer): what is trained; it is put where the checkpoint was written.
         settings (dict): what the result depends on, and must not change on the way.
         saved (dict, optional): a `checkpoint` to go on from.
         best (str): the column of a row by which the best epoch is chosen; more is better.
@@ -56,7 +56,7 @@ class Run:
     def __init__(
         self,
         folder: Path,
-        trainer: Steps,
+        trainer: BaseTrainer,
         settings: dict[str, Any],
         saved: dict[str, Any] | None,
         *,
@@ -66,14 +66,14 @@ class Run:
     ) -> None:
         self.folder, self.trainer, self.settings, self.best = folder, trainer, settings, best
         self.rows = self._go_on(saved) if saved else []
-        group = trainer.processes
-        group.wait()  # until all have looked for a checkpoint
+        dist_context = trainer.dist_context
+        dist_context.barrier()  # until all have looked for a checkpoint
         self._journal = None
-        if group.first:
-            about = settings | {"processes": group.size, "device": str(group.device)}
+        if dist_context.is_primary:
+            about = settings | {"processes": dist_context.size, "device": str(dist_context.device)}
             about |= {"torch": torch.__version__, "simam": simam.__version__}
             write_json(about, folder / "settings.json")
-            self._journal = Journal(folder, curves, self.rows, tensorboard=tensorboard)
+            self._journal = RunLog(folder, curves, self.rows, tensorboard=tensorboard)
 
     def _go_on(self, saved: dict[str, Any]) -> list[dict[str, Any]]:
         were, are = saved["settings"], self.settings

@@ -25,7 +25,7 @@ def seed(*place: int) -> None:
     np.random.seed(second)  # libraries of transforms draw from it
 
 
-class Seeded(Dataset):
+class SeededDataset(Dataset):
     """A dataset whose random changes to an item depend on the seed, the epoch and the item.
 
     Args:
@@ -42,7 +42,7 @@ class Seeded(Dataset):
         return self.data[index]
 
 
-class Batches(Sampler[list[tuple[int, int]]]):
+class DistributedBatchSampler(Sampler[list[tuple[int, int]]]):
     """This process's part of every batch of an epoch, as (epoch, index).
 
     The items are mixed by seed and epoch and cut into batches; what is left over at the end waits
@@ -75,7 +75,7 @@ class Batches(Sampler[list[tuple[int, int]]]):
 
     @property
     def steps(self) -> int:
-        """Batches in an epoch."""
+        """DistributedBatchSampler in an epoch."""
         return self.items // self.batch
 
     def __len__(self) -> int:

@@ -9,19 +9,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from .distributed import Processes
-from .sampler import Batches, Seeded, seed
+from .distributed import DistributedContext
+from .sampler import DistributedBatchSampler, SeededDataset, seed
 
 
-class Steps:
+class BaseTrainer:
     """A network and all that changes with it from step to step.
 
     Args:
         model (nn.Module): the network, on its device.
         optimizer (Optimizer): of its parameters.
-        processes (Processes): that train together.
+        dist_context (DistributedContext): that train together.
         data (Dataset): what is trained on.
-        batches (Batches): in which order.
+        batches (DistributedBatchSampler): in which order.
         amp (str): "none", or the dtype of what autocast computes.
         workers (int): processes that prepare images.
         collate (callable, optional): makes a batch of a list of items; torch's if not given.
@@ -31,28 +31,28 @@ class Steps:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        processes: Processes,
+        dist_context: DistributedContext,
         data: Dataset,
-        batches: Batches,
+        batches: DistributedBatchSampler,
         *,
         amp: str,
         workers: int,
         collate: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
-        self.processes, self.batches, self.amp = processes, batches, amp
+        self.dist_context, self.batches, self.amp = dist_context, batches, amp
         self.step = 0
-        device = processes.device.type
+        device = dist_context.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=amp == "float16")
         self.loader = DataLoader(
-            Seeded(data, batches.number),
+            SeededDataset(data, batches.number),
             batch_sampler=batches,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device == "cuda",
             collate_fn=collate,
         )
-        self.parallel = DistributedDataParallel(model) if processes.size > 1 else model
+        self.parallel = DistributedDataParallel(model) if dist_context.size > 1 else model
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
@@ -73,9 +73,9 @@ class Steps:
     @contextmanager
     def part(self, turn: int) -> Iterator[None]:
         """A part of a step, forward and backward; devices exchange gradients in the last alone."""
-        size = self.processes.size
+        size = self.dist_context.size
         # Dropout draws, and so does a detector, which learns from some regions among many.
-        seed(self.batches.number, self.step, turn * size + self.processes.rank)
+        seed(self.batches.number, self.step, turn * size + self.dist_context.rank)
         waits = size > 1 and turn < self.batches.accumulate - 1
         with self.parallel.no_sync() if waits else nullcontext():
             yield

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from benchmarks.accuracy.common.distributed import Processes
+from benchmarks.accuracy.common.distributed import DistributedContext
 
 from .coco import Split
 from .dataset import Images
@@ -29,7 +29,7 @@ Figures = dict[str, dict[str, float | None]]
 
 @torch.no_grad()
 def detect(
-    model: nn.Module, split: Split, processes: Processes, *, workers: int = 0
+    model: nn.Module, split: Split, dist_context: DistributedContext, *, workers: int = 0
 ) -> list[dict[str, Any]]:
     """Find the objects in all images of a split, each image in one process alone.
 
@@ -40,27 +40,27 @@ def detect(
         model (nn.Module): a detector of torchvision; its labels are the places of the split's
             categories.
         split (Split): the images.
-        processes (Processes): those that share the images.
+        dist_context (DistributedContext): those that share the images.
         workers (int): processes that read images for each of them.
 
     Returns:
         list of dict: detections in COCO's format, in the pixels of the image file.
     """
     images = Images(split)
-    own = Subset(images, range(processes.rank, len(images), processes.size))
+    own = Subset(images, range(dist_context.rank, len(images), dist_context.size))
     loader = DataLoader(own, batch_size=None, num_workers=workers)
     categories = list(split.categories)
     training = model.training
     model.eval()
     found = []
-    bar = tqdm(loader, "evaluate", leave=False, disable=None if processes.first else True)
+    bar = tqdm(loader, "evaluate", leave=False, disable=None if dist_context.is_primary else True)
     for image, number in bar:
-        result = model([image.to(processes.device)])[0]
+        result = model([image.to(dist_context.device)])[0]
         found += in_coco_format(result, number, categories)
     model.train(training)
-    if processes.size == 1:
+    if dist_context.size == 1:
         return found
-    parts: list[Any] = [None] * processes.size
+    parts: list[Any] = [None] * dist_context.size
     dist.all_gather_object(parts, found)
     return [detection for part in parts for detection in part]
 

@@ -8,23 +8,23 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from benchmarks.accuracy.common.distributed import Processes
-from benchmarks.accuracy.common.sampler import Batches
-from benchmarks.accuracy.common.trainer import Steps, autocast
+from benchmarks.accuracy.common.distributed import DistributedContext
+from benchmarks.accuracy.common.sampler import DistributedBatchSampler
+from benchmarks.accuracy.common.trainer import BaseTrainer, autocast
 from simam.messages import UserError
 
 from .recipes import Recipe
 
 
-class Trainer(Steps):
+class Trainer(BaseTrainer):
     """A detector in training.
 
     Args:
         model (nn.Module): a detector of torchvision, on its device.
         recipe (Recipe): the numbers.
-        processes (Processes): that train together.
+        dist_context (DistributedContext): that train together.
         data (Dataset): images and targets.
-        batches (Batches): in which order.
+        batches (DistributedBatchSampler): in which order.
         amp (str): "none", or the dtype of what autocast computes.
         workers (int): processes that prepare images.
     """
@@ -33,9 +33,9 @@ class Trainer(Steps):
         self,
         model: nn.Module,
         recipe: Recipe,
-        processes: Processes,
+        dist_context: DistributedContext,
         data: Dataset,
-        batches: Batches,
+        batches: DistributedBatchSampler,
         *,
         amp: str = "none",
         workers: int = 0,
@@ -47,7 +47,7 @@ class Trainer(Steps):
             weight_decay=recipe.weight_decay,
         )
         super().__init__(
-            model, optimizer, processes, data, batches, amp=amp, workers=workers, collate=list
+            model, optimizer, dist_context, data, batches, amp=amp, workers=workers, collate=list
         )
         self.recipe = recipe
 
@@ -65,7 +65,7 @@ class Trainer(Steps):
         self.batches.epoch = number = self.step // steps
         sums: dict[str, Tensor] = {}
         turns = iter(self.loader)
-        quiet = None if self.processes.first else True  # none: unless there is no terminal
+        quiet = None if self.dist_context.is_primary else True  # none: unless there is no terminal
         for _ in tqdm(range(steps), f"epoch {number + 1}", leave=False, disable=quiet):
             rate = self.recipe.rate(self.step, steps)
             for group in self.optimizer.param_groups:
@@ -74,15 +74,15 @@ class Trainer(Steps):
                 for name, loss in self._turn(next(turns), turn).items():
                     sums[name] = sums.get(name, 0) + loss.double()
             self.update()
-        if self.processes.size > 1:  # each has seen other images; the first one's are kept
-            distribute_bn(self.model, self.processes.size)
-        values = self.processes.total(torch.stack(list(sums.values())))
-        values = values / (steps * parts * self.processes.size)
+        if self.dist_context.size > 1:  # each has seen other images; the first one's are kept
+            distribute_bn(self.model, self.dist_context.size)
+        values = self.dist_context.all_reduce_sum(torch.stack(list(sums.values())))
+        values = values / (steps * parts * self.dist_context.size)
         return dict(zip(sums, values.tolist(), strict=True))
 
     def _turn(self, examples: list[tuple[Tensor, dict[str, Tensor]]], turn: int) -> dict[str, Any]:
         """Add the gradients of a part of a batch; its losses."""
-        device = self.processes.device
+        device = self.dist_context.device
         images = [image.to(device) for image, _ in examples]
         targets = [{name: t.to(device) for name, t in target.items()} for _, target in examples]
         with self.part(turn):
