@@ -13,6 +13,14 @@ def one_line(error: Exception, width: int = 160) -> str:
     return f"{type(error).__name__}: {textwrap.shorten(str(error), width)}".removesuffix(": ")
 
 
+def install_hint(extra: str) -> str:
+    """Say how to install what an extra brings, from an index or from a checkout."""
+    return (
+        f'install the extra "{extra}": pip install "simam[{extra}]", '
+        f'or from a checkout pip install ".[{extra}]"'
+    )
+
+
 def format_shape(shape: Iterable[int]) -> str:
     """Write a shape as people do: 1x3x224x224."""
     return "x".join(map(str, shape)) or "scalar"
