@@ -4,7 +4,6 @@ Matplotlib and Pillow, which comes with it, load with the first call.
 """
 
 import importlib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -15,10 +14,11 @@ from torch import Tensor
 
 from ..attention_maps import attention_maps
 from ..messages import UserError, format_shape, one_line
+from ..reference import gate_bounds
 from .models import Subject
 from .report import Progress
 
-LOWER_BOUND = 1 / (1 + math.exp(-0.5))  # of every gate
+LOWER_BOUND, _ = gate_bounds(1, "shared")  # of every gate
 _EXTRA = 'pip install "simam[viz]"'
 _BINS = 40
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -40,18 +40,6 @@ class Layer:
     upper: float
     maps: list[Tensor] = field(default_factory=list)
     counts: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.float64))
-
-
-def upper_bound(positions: int, statistics: str = "shared") -> float:
-    """The largest gate that any map of so many positions can hold.
-
-    Examples:
-        >>> round(upper_bound(4), 4)
-        0.7432
-    """
-    if statistics == "leave_one_out":
-        return 1.0  # a neuron may stand out from a constant channel by any amount
-    return 1 / (1 + math.exp(-((positions - 1) ** 2 / (4 * positions) + 0.5)))
 
 
 def read(path: str) -> Any:
@@ -122,7 +110,7 @@ def look(
                     f"the gates of {path} are not finite: values of {subject.name} overflow before "
                     "it; check its weights"
                 )
-            bound = upper_bound(gate[0].numel(), statistics)
+            _, bound = gate_bounds(gate[0].numel(), statistics)
             layer = layers.setdefault(path, Layer(path, bound))
             layer.maps.append(gate.mean(0))
             layer.counts += gate.histc(_BINS, LOWER_BOUND, 1)
