@@ -27,7 +27,10 @@ LAYOUTS = {
 }
 
 pytestmark = [
-    pytest.mark.skipif(bool(kernels.cpu.missing), reason=kernels.cpu.missing or "it is there"),
+    pytest.mark.skipif(
+        bool(kernels.cpu.unavailable_reason),
+        reason=kernels.cpu.unavailable_reason or "it is there",
+    ),
     # The first forward-mode derivative scripts the formulas that torch keeps for it.
     pytest.mark.filterwarnings(
         r"ignore:`torch\.jit\.\w+` is deprecated:FutureWarning",
@@ -83,9 +86,13 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     library = kernels.cpu._library
 
     class Recorder:
-        def simam_cpu(self, *args: object) -> int:
-            calls.append("forward" if args[1] is None else "backward")
-            return library.simam_cpu(*args)
+        def simam_forward(self, *args: object) -> int:
+            calls.append("forward")
+            return library.simam_forward(*args)
+
+        def simam_backward(self, *args: object) -> int:
+            calls.append("backward")
+            return library.simam_backward(*args)
 
     monkeypatch.setattr(kernels.cpu, "_library", Recorder())
     return calls

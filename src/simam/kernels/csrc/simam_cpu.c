@@ -7,9 +7,9 @@
    that the gradient needs, and the third, backward_apply, the gradient. A stage works on one tile
    of a block at a time. Channels that fit the cache are read from memory only once.
 
-   Blocks are independent, so each thread runs all stages on blocks of its own. Where there are
-   fewer blocks than threads, the threads share out the tiles instead and wait for each other after
-   every stage; the results are the same, bit for bit.
+   Blocks are independent, so each thread runs all stages on blocks of its own. With fewer blocks
+   than threads, each thread works on tiles of its own instead, and the threads synchronize after
+   every stage. The results are the same, bit for bit.
 
    Do not build with -ffast-math: the code relies on NaN and infinity, and the flag would also set
    flush-to-zero for the whole process. */
@@ -130,74 +130,64 @@ static INLINE void prefetch(const void *data, int64_t i, int64_t count, int dtyp
 #define CLONES
 #endif
 
+/* BOOL_SWITCH runs a statement in which CONSTANT is the value of the condition. DISPATCH_DTYPE
+   calls the float or double version of a function, with arguments in which DTYPE is the dtype.
+   Both names are compile-time constants, so the loops of the functions contain no branches. */
+#define BOOL_SWITCH(condition, CONSTANT, statement) \
+    do { \
+        if (condition) { \
+            enum { CONSTANT = 1 }; \
+            statement; \
+        } else { \
+            enum { CONSTANT = 0 }; \
+            statement; \
+        } \
+    } while (0)
+
+#define CASE_DTYPE(constant, call) \
+    case constant: { \
+        enum { DTYPE = constant }; \
+        call; \
+        break; \
+    }
+
+#define DISPATCH_DTYPE(dtype, function, arguments) \
+    switch (dtype) { \
+        CASE_DTYPE(FLOAT64, function##_double arguments) \
+        CASE_DTYPE(FLOAT32, function##_float arguments) \
+        CASE_DTYPE(BFLOAT16, function##_float arguments) \
+        CASE_DTYPE(FLOAT16, function##_float arguments) \
+    }
+
 CLONES static void compute_moments(const Job *job, const Tile *tile, Moments *m)
 {
-    switch (job->dtype) {
-    case FLOAT64:
-        moments_double(job, tile, m, FLOAT64);
-        break;
-    case FLOAT32:
-        moments_float(job, tile, m, FLOAT32);
-        break;
-    case BFLOAT16:
-        moments_float(job, tile, m, BFLOAT16);
-        break;
-    case FLOAT16:
-        moments_float(job, tile, m, FLOAT16);
-    }
+    DISPATCH_DTYPE(job->dtype, moments_tile, (job, tile, m, DTYPE));
 }
 
 CLONES static void forward(const Job *job, const Tile *tile, const Moments *m)
 {
-    switch (job->dtype) {
-    case FLOAT64:
-        forward_double(job, tile, m, FLOAT64);
-        break;
-    case FLOAT32:
-        forward_float(job, tile, m, FLOAT32);
-        break;
-    case BFLOAT16:
-        forward_float(job, tile, m, BFLOAT16);
-        break;
-    case FLOAT16:
-        forward_float(job, tile, m, FLOAT16);
-    }
+    BOOL_SWITCH(job->channels_last, CHANNELS_LAST,
+                BOOL_SWITCH(job->leave_one_out, LEAVE_ONE_OUT,
+                            DISPATCH_DTYPE(job->dtype, forward_tile,
+                                           (job, tile, m, DTYPE, CHANNELS_LAST, LEAVE_ONE_OUT))));
 }
 
 CLONES static void backward_reduce(
     const Job *job, const Tile *tile, const Moments *m, Sums *sums, float *scratch)
 {
-    switch (job->dtype) {
-    case FLOAT64:
-        backward_reduce_double(job, tile, m, sums, scratch, FLOAT64);
-        break;
-    case FLOAT32:
-        backward_reduce_float(job, tile, m, sums, scratch, FLOAT32);
-        break;
-    case BFLOAT16:
-        backward_reduce_float(job, tile, m, sums, scratch, BFLOAT16);
-        break;
-    case FLOAT16:
-        backward_reduce_float(job, tile, m, sums, scratch, FLOAT16);
-    }
+    BOOL_SWITCH(job->channels_last, CHANNELS_LAST,
+                BOOL_SWITCH(job->leave_one_out, LEAVE_ONE_OUT,
+                            DISPATCH_DTYPE(job->dtype, backward_reduce_tile,
+                                           (job, tile, m, sums, scratch, DTYPE, CHANNELS_LAST,
+                                            LEAVE_ONE_OUT))));
 }
 
 CLONES static void backward_apply(
     const Job *job, const Tile *tile, const Moments *m, const Sums *sums, float *scratch)
 {
-    switch (job->dtype) {
-    case FLOAT64:
-        backward_apply_double(job, tile, m, sums, scratch, FLOAT64);
-        break;
-    case FLOAT32:
-        backward_apply_float(job, tile, m, sums, scratch, FLOAT32);
-        break;
-    case BFLOAT16:
-        backward_apply_float(job, tile, m, sums, scratch, BFLOAT16);
-        break;
-    case FLOAT16:
-        backward_apply_float(job, tile, m, sums, scratch, FLOAT16);
-    }
+    BOOL_SWITCH(job->channels_last, CHANNELS_LAST,
+                DISPATCH_DTYPE(job->dtype, backward_apply_tile,
+                               (job, tile, m, sums, scratch, DTYPE, CHANNELS_LAST)));
 }
 
 static Tile get_tile(const Job *job, int64_t block, int64_t index)
@@ -267,19 +257,20 @@ static void accumulate(Stage stage, const Tile *tile, ChannelStats *block_stats,
     }
 }
 
-typedef void Range(int64_t begin, int64_t end, void *context);
-typedef int32_t ParallelFor(int64_t begin, int64_t end, int64_t grain, Range *range, void *context);
+typedef void LoopBody(int64_t begin, int64_t end, void *context);
+typedef int32_t ParallelFor(int64_t begin, int64_t end, int64_t grain, LoopBody *body,
+                            void *context);
 
 /* With fewer elements than this, a thread costs more time than it saves. */
 enum { GRAIN_ELEMENTS = 32768 };
 
 typedef struct {
     const Job *job;
-    Stage stages[3];
+    const Stage *stages;
     int num_stages;
     int out_of_memory;
 
-    /* used only where threads share out tiles */
+    /* used only by parallel_over_tiles */
     Stage stage;
     ChannelStats *block_stats, *tile_stats;
     float *scratch;
@@ -394,42 +385,73 @@ static void advise_huge_pages(void *data, int64_t size)
 #endif
 }
 
-/* Computes the output or, if dy is given, the gradient with respect to x. parallel_for is torch's
-   parallel loop over `threads` threads, or NULL. Returns SUCCESS, OUT_OF_MEMORY or
-   PARALLEL_FOR_FAILED. */
-EXPORT int simam_cpu(const void *x, const void *dy, void *out, int64_t samples, int64_t channels,
-                     int64_t positions, double e_lambda, int dtype, int channels_last,
-                     int statistics, ParallelFor *parallel_for, int threads)
+static int run(Job *job, const Stage *stages, int num_stages, ParallelFor *parallel_for,
+               int threads)
 {
-    if (samples == 0 || channels == 0)
+    if (job->samples == 0 || job->channels == 0)
         return SUCCESS;
-    Job job = {x, dy, out, samples, channels, positions, e_lambda, dtype, channels_last, statistics,
-               0, 0, 0, 0, 0};
-    if (channels_last) {
-        job.block_channels = min_i64(BLOCK_CHANNELS, channels);
-        job.tile_positions = TILE_POSITIONS;
+    advise_huge_pages(job->out,
+                      job->samples * job->channels * job->positions * element_size(job->dtype));
+    if (job->channels_last) {
+        job->block_channels = min_i64(BLOCK_CHANNELS, job->channels);
+        job->tile_positions = TILE_POSITIONS;
     } else {
-        job.samples = 1;
-        job.channels = samples * channels;
-        job.block_channels = positions > SHORT_CHANNEL
-                                 ? 1
-                                 : min_i64(BLOCK_CHANNELS, TILE_ELEMENTS / positions / 4 * 4);
-        job.tile_positions = TILE_ELEMENTS;
+        job->channels *= job->samples;
+        job->samples = 1;
+        /* A multiple of four, because contiguous_moments processes four channels at a time. */
+        job->block_channels = job->positions > SHORT_CHANNEL
+                                  ? 1
+                                  : min_i64(BLOCK_CHANNELS, TILE_ELEMENTS / job->positions / 4 * 4);
+        job->tile_positions = TILE_ELEMENTS;
     }
-    job.blocks_per_sample = (job.channels + job.block_channels - 1) / job.block_channels;
-    job.blocks = job.samples * job.blocks_per_sample;
-    job.tiles_per_block = (positions + job.tile_positions - 1) / job.tile_positions;
+    job->blocks_per_sample = (job->channels + job->block_channels - 1) / job->block_channels;
+    job->blocks = job->samples * job->blocks_per_sample;
+    job->tiles_per_block = (job->positions + job->tile_positions - 1) / job->tile_positions;
 
-    advise_huge_pages(out, samples * channels * positions * element_size(dtype));
-    Work work = {&job, {MOMENTS, FORWARD}, 2, 0, MOMENTS, NULL, NULL, NULL};
-    if (dy) {
-        work.stages[1] = BACKWARD_REDUCE;
-        work.stages[2] = BACKWARD_APPLY;
-        work.num_stages = 3;
-    }
-    if (parallel_for && job.blocks < threads && job.tiles_per_block > 1)
+    Work work = {.job = job, .stages = stages, .num_stages = num_stages};
+    if (parallel_for && job->blocks < threads && job->tiles_per_block > 1)
         return parallel_over_tiles(&work, parallel_for);
     return parallel_over_blocks(&work, parallel_for);
+}
+
+/* Computes the output. parallel_for is torch's parallel loop over `threads` threads, or NULL.
+   Returns SUCCESS, OUT_OF_MEMORY or PARALLEL_FOR_FAILED. */
+EXPORT int simam_forward(const void *x, void *out, int64_t samples, int64_t channels,
+                         int64_t positions, double e_lambda, int dtype, int channels_last,
+                         int leave_one_out, ParallelFor *parallel_for, int threads)
+{
+    static const Stage stages[] = {MOMENTS, FORWARD};
+    Job job = {.x = x,
+               .out = out,
+               .samples = samples,
+               .channels = channels,
+               .positions = positions,
+               .e_lambda = e_lambda,
+               .dtype = dtype,
+               .channels_last = channels_last,
+               .leave_one_out = leave_one_out};
+    return run(&job, stages, 2, parallel_for, threads);
+}
+
+/* Computes dx, the gradient with respect to x, from dy, the gradient with respect to the output.
+   Otherwise as simam_forward. */
+EXPORT int simam_backward(const void *dy, const void *x, void *dx, int64_t samples,
+                          int64_t channels, int64_t positions, double e_lambda, int dtype,
+                          int channels_last, int leave_one_out, ParallelFor *parallel_for,
+                          int threads)
+{
+    static const Stage stages[] = {MOMENTS, BACKWARD_REDUCE, BACKWARD_APPLY};
+    Job job = {.x = x,
+               .dy = dy,
+               .out = dx,
+               .samples = samples,
+               .channels = channels,
+               .positions = positions,
+               .e_lambda = e_lambda,
+               .dtype = dtype,
+               .channels_last = channels_last,
+               .leave_one_out = leave_one_out};
+    return run(&job, stages, 3, parallel_for, threads);
 }
 
 /* Names the instruction set that the clones use on this processor. */

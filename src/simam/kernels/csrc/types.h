@@ -18,7 +18,6 @@
 #define PREFETCH(address, to_write) __builtin_prefetch(address, to_write, 2)
 #endif
 
-enum { SHARED, LEAVE_ONE_OUT };
 enum { FLOAT64, FLOAT32, BFLOAT16, FLOAT16 };
 
 /* A block is a group of channels, and a tile is a block by a range of positions. Sums over a tile
@@ -35,31 +34,33 @@ enum {
    the same piece of the next tile. A channels-last tile prefetches LINES_AHEAD lines ahead. */
 enum { PIECE = 256, LINES_AHEAD = 16 };
 
-/* A tensor of N samples, C channels and M positions. In the contiguous layout the positions of a
-   channel are adjacent in memory, and all N * C channels count as channels of one sample. In the
-   channels-last layout the channels of a position are adjacent. */
+/* A forward or backward pass over a tensor of N samples, C channels and M positions. In the
+   contiguous layout the positions of a channel are adjacent in memory, and all N * C channels
+   count as channels of one sample. In the channels-last layout the channels of a position are
+   adjacent. */
 typedef struct {
     const void *x;
-    const void *dy; /* NULL in the forward pass */
-    void *out;      /* the output, or dx in the backward pass; in the layout of x */
+    const void *dy; /* the gradient with respect to the output; NULL in the forward pass */
+    void *out;      /* the output or, in the backward pass, dx; both in the layout of x */
     int64_t samples, channels, positions;
     double e_lambda;
-    int dtype, channels_last, statistics;
+    int dtype, channels_last, leave_one_out;
 
     int64_t block_channels, tile_positions;
     int64_t blocks_per_sample, blocks, tiles_per_block;
 } Job;
 
 /* Lines of adjacent elements: element i of line j has the index start + j * stride + i in x. A
-   line is a channel in the contiguous layout and a position in the channels-last layout. */
+   line holds positions of one channel in the contiguous layout, and channels of one position in
+   the channels-last layout. */
 typedef struct {
     int64_t start, stride, lines, length;
     int64_t channels, first_position, positions;
 } Tile;
 
-/* Moments of the channels, over one tile or over all tiles of a block so far. sum_sq is the sum of the
-   squared deviations from the mean. The mean is mean_hi + mean_lo: mean_lo keeps the digits that
-   mean_hi rounds away. */
+/* Moments of the channels, over one tile or over all tiles of a block so far. sum_sq is the sum of
+   the squared deviations from the mean. The mean is mean_hi + mean_lo: mean_lo keeps the digits
+   that mean_hi rounds away. */
 typedef struct {
     double mean_hi[BLOCK_CHANNELS], mean_lo[BLOCK_CHANNELS], sum_sq[BLOCK_CHANNELS];
 } Moments;
