@@ -223,6 +223,13 @@ def test_forward_accepts_lambda_below_float32_range() -> None:
     assert torch.equal(cpu.forward(x, 1e-300, "shared"), x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_backward_accepts_the_smallest_lambda(dtype: torch.dtype) -> None:
+    x = torch.zeros(1, 2, 5, dtype=dtype)
+    gradient = cpu.backward(torch.ones_like(x), x, math.ulp(0.0), "shared")
+    torch.testing.assert_close(gradient, torch.sigmoid(torch.full_like(x, 0.5)))
+
+
 def test_forward_and_backward_read_nothing_outside_the_map() -> None:
     for shape, channels_last in itertools.product(
         [(2, 3, 50), (1, 70, 9), (1, 1, 5000)], [False, True]
