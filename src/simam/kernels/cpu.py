@@ -74,10 +74,6 @@ def _load() -> tuple[Any, str]:
         reason = path.with_suffix(".txt")
         detail = reason.read_text() if reason.exists() else f"{path} does not exist"
         return None, f"it was not built ({detail}); install a C compiler and reinstall simam"
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        return None, f"it cannot be loaded ({error}); reinstall simam"
     options: list[Any] = [
         *[ctypes.c_int64] * 3,
         ctypes.c_double,
@@ -85,9 +81,14 @@ def _load() -> tuple[Any, str]:
         ctypes.c_void_p,
         ctypes.c_int,
     ]
-    library.simam_forward.argtypes = [*[ctypes.c_void_p] * 2, *options]
-    library.simam_backward.argtypes = [*[ctypes.c_void_p] * 3, *options]
-    library.simam_cpu_level.restype = ctypes.c_char_p
+    try:
+        library = ctypes.CDLL(str(path))
+        library.simam_forward.argtypes = [*[ctypes.c_void_p] * 2, *options]
+        library.simam_backward.argtypes = [*[ctypes.c_void_p] * 3, *options]
+        library.simam_cpu_level.restype = ctypes.c_char_p
+    # An AttributeError names a function that the library of another version lacks.
+    except (OSError, AttributeError) as error:
+        return None, f"it cannot be loaded ({error}); reinstall simam"
     return library, ""
 
 

@@ -77,8 +77,8 @@ static INLINE void prefetch(const void *data, int64_t i, int64_t count, int dtyp
 #define LOG2_E 1.4426950408889634
 
 /* EXP2_POLYNOMIAL is the minimax approximation of 2^f for |f| <= 1/2. Its error is 7.5e-8 in
-   float, which gives a gate accurate to 2e-8, and 2.2e-16 in double. MAX_Q bounds q such
-   that coef_d, coef_s and q_log2e are finite. */
+   float, which gives a gate accurate to 2e-8, and 2.2e-16 in double. MAX_Q bounds q so that
+   coef_d, coef_s and q_log2e are finite. */
 #define REAL float
 #define NAME(name) name##_float
 #define UINT uint32_t
