@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .module import SimAM
-from .placement import Selector, check_module, name_some, plan
+from .placement import Selector, check_module, list_unanalysed, plan
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -76,7 +76,7 @@ def attach(
     if planned.unanalysed:
         warnings.warn(
             "left without SimAM, since they could not be analysed: "
-            f"{name_some(planned.unanalysed)}. Choose convolutions with where=, or name the "
+            f"{list_unanalysed(planned.unanalysed)}. Choose convolutions with where=, or name the "
             "blocks in exclude= to accept this.",
             stacklevel=2,
         )

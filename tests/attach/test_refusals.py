@@ -30,7 +30,7 @@ def net() -> nn.Module:
         ({"e_lambda": "0.1"}, "e_lambda must be a number, got '0.1'"),
         ({"statistics": "exact"}, "statistics must be 'shared' or 'leave_one_out', got 'exact'"),
         ({"where": "features.*"}, "where='features.*' matches none of the model's convolutions"),
-        ({"exclude": "features.*"}, "exclude='features.*' matches none of the planned places"),
+        ({"exclude": "features.*"}, "exclude='features.*' matches none of the planned insertions"),
     ],
 )
 def test_an_error_leaves_the_model_as_it_was(

@@ -73,8 +73,8 @@ def nothing(path: str, module: nn.Module) -> bool:
         ({"where": ["0", "9"]}, "where='9' matches none of the model's convolutions"),
         ({"where": "1"}, "where='1' matches none of the model's convolutions"),
         ({"where": []}, "where=[] selects none of the model's convolutions"),
-        ({"exclude": "0"}, "exclude='0' matches none of the planned places"),
-        ({"exclude": "*"}, "exclude='*' leaves out every place; nothing to attach"),
+        ({"exclude": "0"}, "exclude='0' matches none of the planned insertions"),
+        ({"exclude": "*"}, "exclude='*' leaves out every insertion; nothing to attach"),
     ],
 )
 def test_a_selection_of_nothing_is_refused(
@@ -87,7 +87,7 @@ def test_a_selection_of_nothing_is_refused(
 
 @pytest.mark.parametrize(
     ("argument", "candidates"),
-    [("where", "the model's convolutions"), ("exclude", "the planned places")],
+    [("where", "the model's convolutions"), ("exclude", "the planned insertions")],
 )
 def test_a_predicate_that_selects_nothing_is_refused(
     net: nn.Module, argument: str, candidates: str
@@ -165,7 +165,7 @@ def test_exclude_accepts_a_block_that_could_not_be_analysed() -> None:
     found = plan(net, exclude="1")
     assert [i.path for i in found] == ["0.conv2", "2.conv2"]
     assert found.unanalysed == ()
-    with pytest.raises(ValueError, match=r"^exclude='3' matches none of the planned places"):
+    with pytest.raises(ValueError, match=r"^exclude='3' matches none of the planned insertions"):
         plan(net, exclude="3")
 
 
