@@ -1,5 +1,6 @@
 """What a report measures, and how: on networks of the tests' own."""
 
+import importlib
 import re
 from collections.abc import Callable, Iterable
 from itertools import repeat
@@ -35,6 +36,17 @@ def test_calls_are_counted_and_the_model_is_left_as_it_was() -> None:
     used, unused = found.insertions
     assert (used.shape, used.calls, used.elements) == ([1, 3, 6, 6], 2, 3 * (6 * 6 + 4 * 4))
     assert (unused.shape, unused.calls, unused.elements) == (None, 0, 0)
+
+
+@pytest.mark.parametrize("running_statistics", [True, False])
+def test_report_counts_batch_norms_that_torch_decomposes(running_statistics: bool) -> None:
+    importlib.import_module("torch._decomp.decompositions")
+    norm = nn.BatchNorm2d(4, track_running_stats=running_statistics)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norm).eval()
+    subject = Subject("norm", "none", "0", model, (3, 8, 8))
+    found = measuring.measure(subject, (1, 3, 8, 8), where=["0"], repeats=1)
+    expected = (3 + 2) * 4 * 8 * 8
+    assert found.multiply_adds == {"before": expected, "after": expected}
 
 
 def test_options_reach_the_layer() -> None:

@@ -212,9 +212,14 @@ def _multiply_adds(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     def batch_norm(shape: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return 4 * math.prod(shape)  # two multiply-adds are four operations
 
-    counter = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.native_batch_norm: batch_norm}
+    aten = torch.ops.aten
+    # The first becomes one of the others where torch's decompositions are imported.
+    kinds = (
+        aten.native_batch_norm,
+        aten._native_batch_norm_legit,
+        aten._native_batch_norm_legit_no_training,
     )
+    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(kinds, batch_norm))
     with counter:
         model(*inputs)
     return counter.get_total_flops() // 2
