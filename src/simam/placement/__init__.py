@@ -21,7 +21,7 @@ class Insertion:
 
     path: str
     block: str
-    conv: str
+    host: str
     reason: str
 
 
@@ -41,7 +41,7 @@ class Plan(list[Insertion]):
 
     def __str__(self) -> str:
         rows = [("convolution", "", "block", "reason")]
-        rows += [(i.path, i.conv, i.block or "(model)", i.reason) for i in self]
+        rows += [(i.path, i.host, i.block or "(model)", i.reason) for i in self]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -70,7 +70,7 @@ def plan(
             to leave out; also the path of a block that could not be analysed.
 
     Returns:
-        Plan: a list of `Insertion(path, block, conv, reason)`, never empty.
+        Plan: a list of `Insertion(path, block, host, reason)`, never empty.
 
     Raises:
         TypeError: model is not a module, or where or exclude has another form.
