@@ -15,7 +15,7 @@ from .models import import_optional
 
 _PANEL, _GAP = 1.7, 0.15  # inches
 _INK, _BAR = "#222222", "#4c78a8"
-_HISTOGRAM = "histogram of gates,\ndotted: bounds"
+_HISTOGRAM = "share of neurons,\ndotted: bounds"
 _LABEL = {"color": _INK, "fontsize": 10, "parse_math": False}
 _TITLE = {"color": _INK, "fontsize": 11, "parse_math": False, "va": "top"}
 

@@ -1,6 +1,6 @@
 """Collect the gates of a model's SimAM layers for images, ready to be drawn.
 
-Pillow, which comes with matplotlib, is imported with the first image.
+Pillow, which comes with matplotlib, is imported when the first image is read.
 """
 
 import importlib
