@@ -147,7 +147,7 @@ def test_a_block_that_could_not_be_analysed_is_reported() -> None:
 
 def test_the_refusal_names_the_first_blocks_that_could_not_be_analysed() -> None:
     reason = r"\(untraceable, TypeError: [^()]*\([^()]*\)[^()]*\)"
-    message = rf"Could not analyse 0 {reason}, 1 {reason}, 2 {reason}, 2 more\.$"
+    message = rf"Could not analyse 0 {reason}, 1 {reason}, 2 {reason}, and 2 more\.$"
     with pytest.raises(ValueError, match=message):
         plan(nn.Sequential(*(untraceable() for _ in range(5))))
 
@@ -178,7 +178,7 @@ def test_the_plan_is_a_list_that_prints_as_a_table() -> None:
         Insertion("1.conv2", "1", "Conv2d 5x5", reason),
     ]
     assert str(found).splitlines() == [
-        "convolution              block  reason",
+        "path     host        block  reason",
         f"0.conv2      Conv2d 3x3  0      {reason}",
         f"1.conv2      Conv2d 5x5  1      {reason}",
     ]

@@ -26,8 +26,8 @@ def test_last_spatial_convolution() -> None:
 
 def test_an_insertion_names_the_block() -> None:
     first, second = plan(nn.Sequential(basic(), bottleneck(conv3=conv(5))))
-    assert (first.block, first.conv) == ("0", "Conv2d 3x3")
-    assert (second.block, second.conv) == ("1", "Conv2d 5x5")
+    assert (first.block, first.host) == ("0", "Conv2d 3x3")
+    assert (second.block, second.host) == ("1", "Conv2d 5x5")
     assert first.reason == "last spatial convolution of the residual branch of basic"
 
 

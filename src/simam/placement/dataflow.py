@@ -78,7 +78,7 @@ class BlockGraph:
                     self._own_sums.append(node)
 
     def residual_branches(self) -> list[list[str]]:
-        """For each residual add of the block itself, the last spatial convolutions of the branch."""
+        """For each residual add of the block itself: the branch's last convolutions."""
         found = []
         for node in self._own_sums:
             operands = self._sums[node]
@@ -157,7 +157,7 @@ class BlockGraph:
         )
 
     def _are_summed(self, convolutions: list[fx.Node]) -> bool:
-        """Whether a sum joins the convolutions before any non-linearity, so that they can be folded."""
+        """Whether a sum joins the convolutions before any non-linearity: they can be folded."""
         nonlinear = set(filter(self._is_nonlinear, self._ancestors))
         for summands in self._sums.values():
             sides = [self._reach(summand, nonlinear) for summand in summands]
@@ -192,7 +192,7 @@ class BlockGraph:
         ]
 
     def _is_gate(self, node: fx.Node) -> bool:
-        """Whether the node is a sigmoid or softmax, perhaps reshaped or subtracted from a constant."""
+        """Whether the node is a sigmoid or softmax, reshaped or subtracted from a constant."""
         while not any(part in self._name(node) for part in _GATES):
             operands = self._operands(node)
             if self._name(node) not in _RESHAPE or not operands:
