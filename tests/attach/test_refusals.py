@@ -1,4 +1,4 @@
-"""attach and detach: what they refuse or warn of, and that a refusal changes nothing."""
+"""attach and detach: their errors and warnings, and that an error changes nothing."""
 
 import re
 import warnings

@@ -1,4 +1,4 @@
-"""plan: which convolutions are selected, what is said about them, and that nothing is touched."""
+"""plan: the convolutions it selects, the table it prints, and that it changes nothing."""
 
 import re
 import threading
