@@ -21,14 +21,11 @@ from benchmarks.speed.timing import facts, write
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[2]
-# Those that the device fixture runs on a GPU too, and those that are of the GPU alone.
-TESTS = ("functional", "gradient", "precision", "layouts", "module", "transforms", "triton_kernels")
 
 
 def run_tests(seconds: float) -> str:
     """How the tests that need a GPU end."""
-    files = [f"tests/test_{name}.py" for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda or triton_kernels", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
     try:

@@ -111,7 +111,7 @@ def plain(name: str) -> nn.Module:
             options |= {"min_size": 64, "max_size": 64}
         model = torchvision.models.get_model(name, weights=None, **options)
     with torch.no_grad():
-        # A scale of 0 would hide a branch; a norm with weight 1 and bias 0 would hide a wrong order.
+        # A scale of 0 hides a branch; a norm with weight 1 and bias 0 hides a wrong order.
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point() and (tensor == tensor.flatten()[0]).all():
                 tensor.add_(0.5 * torch.rand_like(tensor))

@@ -123,7 +123,7 @@ def test_plan_matches_facts_for_timm(name: str) -> None:
     assert sorted(i.path for i in plan(model)) == sorted(POINTS["timm"][name])
 
 
-# torchvision warns about the initial weights of googlenet and inception_v3, which do not matter here.
+# torchvision warns about the initial weights of googlenet and inception_v3: not tested here.
 @pytest.mark.filterwarnings("ignore:The default weight initialization of:FutureWarning")
 @pytest.mark.parametrize(
     "name",
