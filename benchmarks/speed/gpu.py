@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 def run_tests(seconds: float) -> str:
     """Run the tests that need a GPU; return the last line of pytest."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
     try:
