@@ -48,7 +48,7 @@ class Reference(nn.Module):
 
 
 def variants(plain: nn.Module, *, compiled: bool = False) -> dict[str, nn.Module]:
-    """The model, plain and with each form of SimAM, all with the same weights."""
+    """The model, plain and with each form of SimAM: the same weights, each its own statistics."""
     models = {"plain": plain, "formula": copy_with(plain, Formula()), "simam": copy_with(plain)}
     if compiled:
         models["reference"] = copy_with(plain, Reference())
