@@ -23,7 +23,7 @@ import simam
 from simam.cli import main
 from simam.cli import maps as photography
 from simam.cli.figure import draw
-from simam.cli.maps import Layer, look, read, upper_bound
+from simam.cli.maps import Layer, look, read
 from simam.cli.models import Subject, build
 from simam.messages import UserError
 from tests.helpers.command import SMALL, Capture, message
@@ -143,19 +143,6 @@ def test_what_is_drawn_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     bins = [min(int((g - low) / (1 - low) * 40), 39) for g in gates]
     assert layer.counts.tolist() == [bins.count(i) for i in range(40)]
     assert layer.counts.sum() == 2 * 3 * 64
-
-
-@pytest.mark.parametrize("positions", [2, 3, 9, 49, 12544])
-def test_upper_bound(positions: int) -> None:
-    # The channel that comes closest: one neuron apart from the others, which are all the same.
-    channel = [1e3] + [0.0] * (positions - 1)
-    reached = oracles.gate(torch.tensor(oracles.shared(channel, 1e-12), dtype=torch.float64)).max()
-    assert upper_bound(positions) == pytest.approx(reached.item(), abs=1e-9)
-
-
-def test_bounds_where_they_meet_and_where_there_is_none() -> None:
-    assert upper_bound(1) == torch.sigmoid(torch.tensor(0.5, dtype=torch.float64)).item()
-    assert upper_bound(49, "leave_one_out") == 1
 
 
 @pytest.fixture
