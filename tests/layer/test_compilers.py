@@ -15,17 +15,15 @@ from simam import functional as F
 
 STATISTICS = ("shared", "leave_one_out")
 
+each_implementation = pytest.mark.usefixtures("implementation")
 both_statistics = pytest.mark.parametrize("statistics", STATISTICS)
 
 # torch deprecates TorchScript, but people still ship scripted and traced models, and torch.compile
 # imports scripted functions.
-pytestmark = [
-    pytest.mark.usefixtures("implementation"),
-    pytest.mark.filterwarnings(
-        r"ignore:`torch\.jit\.\w+` is deprecated:FutureWarning",
-        r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning",
-    ),
-]
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:`torch\.jit\.\w+` is deprecated:FutureWarning",
+    r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning",
+)
 
 
 class Block(nn.Module):
@@ -41,6 +39,7 @@ class Block(nn.Module):
         return self.norm(self.attention(self.conv(x)))
 
 
+@each_implementation
 @both_statistics
 def test_SimAM_compiles_to_one_graph_for_every_size(statistics: str, device: torch.device) -> None:
     torch._dynamo.reset()
@@ -57,6 +56,7 @@ def test_SimAM_compiles_to_one_graph_for_every_size(statistics: str, device: tor
     check(compiled, layer, normal(2, 3, 1, 1).to(device))
 
 
+@each_implementation
 def test_simam_compiled_accepts_other_lambdas(device: torch.device) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(F.simam, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -65,6 +65,7 @@ def test_simam_compiled_accepts_other_lambdas(device: torch.device) -> None:
         torch.testing.assert_close(compiled(x, e_lambda), F.simam(x, e_lambda))
 
 
+@each_implementation
 def test_SimAM_is_one_node_in_an_fx_graph(device: torch.device) -> None:
     block = Block("leave_one_out").to(device)
     traced = torch.fx.symbolic_trace(block)
@@ -85,6 +86,7 @@ def test_attention_and_energy_compile(statistics: str, device: torch.device) -> 
             torch.testing.assert_close(compiled(x, 0.1, statistics=statistics), expected)
 
 
+@each_implementation
 @pytest.mark.skipif(
     not any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"])),
     reason="the default backend needs a C++ compiler",
@@ -97,6 +99,7 @@ def test_SimAM_compiles_with_the_default_backend(device: torch.device) -> None:
         check(compiled, layer, normal(*shape).to(device))
 
 
+@each_implementation
 @both_statistics
 def test_SimAM_exports_with_dynamic_batch_and_size(statistics: str, device: torch.device) -> None:
     layer = SimAM(e_lambda=0.1, statistics=statistics)
@@ -112,6 +115,7 @@ def test_SimAM_exports_with_dynamic_batch_and_size(statistics: str, device: torc
         torch.testing.assert_close(program.module()(x), layer(x))
 
 
+@each_implementation
 @both_statistics
 def test_SimAM_exports_within_a_network(statistics: str) -> None:
     network = Block(statistics).eval()
@@ -122,6 +126,7 @@ def test_SimAM_exports_within_a_network(statistics: str) -> None:
         torch.testing.assert_close(program.module()(x), network(x))
 
 
+@each_implementation
 @both_statistics
 @pytest.mark.parametrize("network", [lambda s: SimAM(3, 0.1, statistics=s), Block])
 def test_SimAM_scripted_values(
@@ -133,6 +138,7 @@ def test_SimAM_scripted_values(
         check(scripted, network, normal(*shape).to(device))
 
 
+@each_implementation
 @both_statistics
 def test_SimAM_scripted_accepts_every_rank_and_dtype(statistics: str, device: torch.device) -> None:
     layer = SimAM(e_lambda=0.1, statistics=statistics)
@@ -156,6 +162,7 @@ def test_SimAM_scripted_refuses_the_inputs_that_SimAM_refuses() -> None:
             scripted(x)
 
 
+@each_implementation
 @both_statistics
 @pytest.mark.parametrize("network", [lambda s: SimAM(3, 0.1, statistics=s), Block])
 @pytest.mark.parametrize(
