@@ -1,4 +1,4 @@
-"""The CPU kernel against float64: its tiles and blocks, its roundings, its threads."""
+"""The CPU kernel against float64: blocks and tiles, rounding, threads."""
 
 import ctypes
 import itertools
@@ -25,27 +25,30 @@ STATISTICS = ("shared", "leave_one_out")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = pytest.mark.skipif(
-    bool(cpu.unavailable_reason), reason=cpu.unavailable_reason or "it is there"
+    bool(cpu.unavailable_reason), reason=cpu.unavailable_reason or "it is available"
 )
 both_statistics = pytest.mark.parametrize("statistics", STATISTICS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-both_layouts = pytest.mark.parametrize("strips", [False, True], ids=["rows", "strips"])
+both_layouts = pytest.mark.parametrize(
+    "channels_last", [False, True], ids=["contiguous", "channels_last"]
+)
 
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """Deterministic, torch allocates outputs as NaN, so that an element left out shows."""
+    """Make torch fill new memory with NaN, so that unwritten elements show."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def test_outputs_are_poisoned() -> None:
+def test_empty_like_is_filled_with_nan() -> None:
     assert torch.empty_like(torch.ones(3)).isnan().all()
 
 
-# N, C, M around every limit of the kernel: 16 lanes, runs of 4, tiles of 64 rows, rows that
-# share a tile up to 1024, blocks of 4096; strips of 64 channels, blocks of 256 lines.
+# N, C, M around every limit of the kernel. All layouts: 16 lanes, blocks of 64 channels.
+# Contiguous: groups of 4 runs, channels of up to 1024 positions that share a block, tiles of 4096
+# elements. Channels-last: tiles of 256 positions.
 SHAPES = [
     (1, 1, 1),
     (2, 3, 1),
@@ -82,45 +85,46 @@ SHAPES = [
 @both_layouts
 @both_statistics
 @every_dtype
-def test_every_tile_and_block(
-    shape: tuple[int, ...], strips: bool, statistics: str, dtype: torch.dtype
+def test_forward_and_backward_at_every_block_and_tile_limit(
+    shape: tuple[int, ...], channels_last: bool, statistics: str, dtype: torch.dtype
 ) -> None:
-    x = lay_out(normal(*shape), strips).to(dtype)
+    x = lay_out(normal(*shape), channels_last).to(dtype)
     check(cpu, x, normal(*shape, seed=1).to(dtype), 1e-4, statistics)
 
 
 @both_layouts
 @both_statistics
-def test_threads_change_no_bit(strips: bool, statistics: str) -> None:
-    # Fewer tiles than threads share out their blocks; more, the tiles.
+def test_forward_and_backward_are_bitwise_equal_for_any_number_of_threads(
+    channels_last: bool, statistics: str
+) -> None:
+    # With fewer blocks than threads, the loop over tiles is parallel; else the loop over blocks.
     before = torch.get_num_threads()
     try:
         for shape in [(1, 1, 30000), (1, 3, 9999), (5, 7, 1500), (1, 100, 2000), (3, 650, 300)]:
             for dtype in (torch.float32, torch.bfloat16):
-                x = lay_out(normal(*shape), strips).to(dtype)
-                pull = lay_out(normal(*shape, seed=1), strips).to(dtype)
+                x = lay_out(normal(*shape), channels_last).to(dtype)
+                grad_output = lay_out(normal(*shape, seed=1), channels_last).to(dtype)
                 results = []
                 for threads in (1, 2, 5):
                     torch.set_num_threads(threads)
-                    forward = cpu.forward(x, 0.1, statistics)
-                    results.append((forward, cpu.backward(pull, x, 0.1, statistics)))
-                for forward, backward in results[1:]:
-                    assert torch.equal(forward, results[0][0])
-                    assert torch.equal(backward, results[0][1])
+                    results.append(both_passes(x, grad_output, statistics))
+                for output, gradient in results[1:]:
+                    assert torch.equal(output, results[0][0])
+                    assert torch.equal(gradient, results[0][1])
     finally:
         torch.set_num_threads(before)
 
 
 RANGE = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
-LOOP = ctypes.CFUNCTYPE(
+PARALLEL_FOR = ctypes.CFUNCTYPE(
     ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, RANGE, ctypes.c_void_p
 )
 
 
-# Two tiles of rows or of strips are fewer than four threads, so their blocks, of 4096 elements or
-# 256 lines, are shared out in each of 2 + 3 stages; else the tiles are, all stages at once.
+# Two blocks are fewer than four threads. So each of the 2 + 3 stages has a parallel loop over the
+# tiles, of 4096 elements or 256 positions. With four blocks, each pass has one loop over blocks.
 @pytest.mark.parametrize(
-    ("shape", "strips", "expected"),
+    ("shape", "channels_last", "expected"),
     [
         ((1, 2, 40_000), False, [2 * 10] * 5),
         ((2, 2, 40_000), True, [2 * 157] * 5),
@@ -128,30 +132,33 @@ LOOP = ctypes.CFUNCTYPE(
         ((4, 2, 40_000), True, [4, 4]),
     ],
 )
-def test_what_threads_share_out(
-    shape: tuple[int, ...], strips: bool, expected: list[int], monkeypatch: pytest.MonkeyPatch
+def test_forward_and_backward_loop_over_tiles_if_blocks_are_few(
+    shape: tuple[int, ...],
+    channels_last: bool,
+    expected: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shared = []
+    lengths = []
 
-    def loop(begin: int, end: int, grain: int, run: Callable[..., None], context: int) -> int:
-        shared.append(end - begin)
-        for index in reversed(range(begin, end)):  # in any order
-            run(index, index + 1, context)
+    def parallel_for(begin: int, end: int, _: int, body: Callable[..., None], context: int) -> int:
+        lengths.append(end - begin)
+        for index in reversed(range(begin, end)):  # threads take indices in any order
+            body(index, index + 1, context)
         return 0
 
-    lent = LOOP(loop)
-    monkeypatch.setattr(cpu, "_parallel_for", ctypes.cast(lent, ctypes.c_void_p).value)
+    function = PARALLEL_FOR(parallel_for)
+    monkeypatch.setattr(cpu, "_parallel_for", ctypes.cast(function, ctypes.c_void_p).value)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    x = lay_out(normal(*shape), strips).float()
+    x = lay_out(normal(*shape), channels_last).float()
     check(cpu, x, normal(*shape, seed=1).float(), 0.1, "shared")
-    assert shared == expected
+    assert lengths == expected
 
 
 @both_layouts
 @pytest.mark.parametrize("mean", [100.0, -100.0, 1e4])
-def test_large_map_far_from_zero(strips: bool, mean: float) -> None:
-    # The digits of a mean of 100 in float32 are those of the deviations' fifth decimal.
-    x = lay_out(normal(1, 2, 512 * 512) + mean, strips).float()
+def test_forward_is_accurate_far_from_zero(channels_last: bool, mean: float) -> None:
+    # A float32 mean of 100 is rounded in the fifth decimal, which the deviations would inherit.
+    x = lay_out(normal(1, 2, 512 * 512) + mean, channels_last).float()
     expected = reference.forward(x.double(), 1e-4, "shared")
     relative = (F.simam(x, 1e-4).double() - expected) / expected
     assert relative.abs().max() < 1e-6
@@ -160,44 +167,44 @@ def test_large_map_far_from_zero(strips: bool, mean: float) -> None:
 @both_layouts
 @both_statistics
 @pytest.mark.parametrize("std", [1e-3, 1.0, 1e3])
-def test_gate_is_exact_to_2e_7(strips: bool, statistics: str, std: float) -> None:
+def test_forward_gate_is_accurate_to_2e_7(channels_last: bool, statistics: str, std: float) -> None:
     for shape in [(4, 64, 49), (2, 64, 784), (1, 64, 3136)]:
-        x = lay_out(std * normal(*shape), strips).float()
+        x = lay_out(std * normal(*shape), channels_last).float()
         gate = reference.attention(x.double(), 1e-4, statistics)
         actual = cpu.forward(x, 1e-4, statistics).double() / x.double()
-        # The quotient carries the rounding of the product.
-        slack = torch.finfo(torch.float32).eps / 2
-        assert (actual - gate).abs().max() < 2e-7 + slack
+        # The kernel rounds the product of x and the gate, so the quotient has this error too.
+        product_rounding = torch.finfo(torch.float32).eps / 2
+        assert (actual - gate).abs().max() < 2e-7 + product_rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_half_number_is_read_and_written(dtype: torch.dtype) -> None:
-    # Maps of one position: the result is x sigmoid(1/2), rounded once from float32.
+def test_forward_converts_every_half_precision_number(dtype: torch.dtype) -> None:
+    # Maps of one position: the output is x sigmoid(1/2), computed in float32 and rounded once.
     x = torch.arange(2**16).to(torch.uint16).view(dtype).reshape(64, 1024, 1)
     gate = torch.sigmoid(torch.tensor(0.5, dtype=torch.float64)).float()
     expected = (x.float() * gate).to(dtype)
     actual = cpu.forward(x, 1e-4, "shared")
-    numbers = torch.isfinite(x)
-    # The gate of the kernel may be a float32 step off, which moves the last step of a few.
-    distance = steps(actual[numbers]) - steps(expected[numbers])
+    finite = torch.isfinite(x)
+    # The kernel's gate may differ in the last float32 digit, which changes how a few outputs round.
+    distance = rank(actual[finite]) - rank(expected[finite])
     assert distance.abs().max() <= 1
     assert (distance != 0).float().mean() < 1e-3
-    # An infinite neuron has no finite deviation from itself.
-    assert actual[~numbers].isnan().all()
+    # The deviation of an infinite neuron from its own mean is NaN.
+    assert actual[~finite].isnan().all()
 
 
 @both_layouts
 @both_statistics
 @every_dtype
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_poison_stays_in_its_channel(
-    strips: bool, statistics: str, dtype: torch.dtype, poison: float
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_forward_and_backward_keep_nan_and_infinity_in_their_channel(
+    channels_last: bool, statistics: str, dtype: torch.dtype, value: float
 ) -> None:
     for shape in [(3, 5, 30), (3, 70, 300), (2, 2, 5000)]:
-        x, pull = normal(*shape).to(dtype), normal(*shape, seed=1).to(dtype)
-        clean = both(lay_out(x, strips), pull, statistics)
-        x[1, 1, 7] = poison
-        dirty = both(lay_out(x, strips), pull, statistics)
+        x, grad_output = normal(*shape).to(dtype), normal(*shape, seed=1).to(dtype)
+        clean = both_passes(lay_out(x, channels_last), grad_output, statistics)
+        x[1, 1, 7] = value
+        dirty = both_passes(lay_out(x, channels_last), grad_output, statistics)
         for before, after in zip(clean, dirty, strict=True):
             assert after[1, 1].isnan().all()
             after[1, 1] = before[1, 1]
@@ -205,30 +212,42 @@ def test_poison_stays_in_its_channel(
 
 
 @pytest.mark.parametrize("bits", [0x7FC0, 0x7F81, 0x7FFF, 0xFFC0, 0xFF81, 0xFFFF])
-def test_every_nan_of_bfloat16_stays_one(bits: int) -> None:
+def test_forward_keeps_every_bfloat16_nan(bits: int) -> None:
     x = torch.ones(1, 1, 40, dtype=torch.bfloat16)
     x.view(torch.uint16)[0, 0, 3] = bits
     assert cpu.forward(x, 0.1, "shared").isnan().all()
 
 
-def test_lambda_that_float32_cannot_hold() -> None:
+def test_forward_accepts_lambda_below_float32_range() -> None:
     x = torch.zeros(1, 2, 5)
     assert torch.equal(cpu.forward(x, 1e-300, "shared"), x)
 
 
-def test_nothing_is_read_or_written_beyond_the_map() -> None:
-    for shape, strips in itertools.product([(2, 3, 50), (1, 70, 9), (1, 1, 5000)], [False, True]):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_backward_accepts_the_smallest_lambda(dtype: torch.dtype) -> None:
+    x = torch.zeros(1, 2, 5, dtype=dtype)
+    gradient = cpu.backward(torch.ones_like(x), x, math.ulp(0.0), "shared")
+    torch.testing.assert_close(gradient, torch.sigmoid(torch.full_like(x, 0.5)))
+
+
+def test_forward_and_backward_read_nothing_outside_the_map() -> None:
+    for shape, channels_last in itertools.product(
+        [(2, 3, 50), (1, 70, 9), (1, 1, 5000)], [False, True]
+    ):
         count = math.prod(shape)
-        store = torch.full((count + 128,), math.nan)
-        store[64 : 64 + count] = normal(*shape).flatten().float()
-        x = store[64 : 64 + count].reshape(shape[0], shape[2], shape[1]).movedim(2, 1)
-        x = x if strips else store[64 : 64 + count].reshape(shape)
-        assert not cpu.forward(x, 0.1, "shared").isnan().any()
-        assert not cpu.backward(x, x, 0.1, "shared").isnan().any()
+        memory = torch.full((count + 128,), math.nan)
+        values = memory[64 : 64 + count]
+        values[:] = normal(*shape).flatten().float()
+        if channels_last:
+            x = values.reshape(shape[0], shape[2], shape[1]).movedim(2, 1)
+        else:
+            x = values.reshape(shape)
+        for result in both_passes(x, x, "shared"):
+            assert not result.isnan().any()
 
 
-def test_denormal_numbers_are_kept_after_import() -> None:
-    # Flags that allow -ffast-math to a shared library flush them for the whole process.
+def test_import_keeps_subnormal_numbers() -> None:
+    # A shared library linked with -ffast-math sets flush-to-zero for the whole process.
     program = (
         "import torch; tiny = torch.tensor([1e-310], dtype=torch.float64); import simam;"
         "simam.SimAM()(torch.randn(1, 2, 8)); print((tiny * 1).item() > 0, (tiny / 2).item() > 0)"
@@ -237,15 +256,15 @@ def test_denormal_numbers_are_kept_after_import() -> None:
     assert done.stdout.split() == ["True", "True"], done.stderr
 
 
-def in_child(queue: "multiprocessing.SimpleQueue[Tensor]", x: Tensor) -> None:
+def put_sum(queue: "multiprocessing.SimpleQueue[float]", x: Tensor) -> None:
     torch.set_num_threads(1)
     queue.put(cpu.forward(x, 0.1, "shared").sum().item())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not fork")
-# Python warns that a process with threads forks, which is what is tested.
+# Python warns when a process with threads forks, which this test does on purpose.
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_fork_after_a_parallel_region() -> None:
+def test_forward_runs_in_a_forked_process_after_a_parallel_region() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -253,7 +272,7 @@ def test_fork_after_a_parallel_region() -> None:
         expected = cpu.forward(x, 0.1, "shared").sum().item()
         context = multiprocessing.get_context("fork")
         queue = context.SimpleQueue()
-        child = context.Process(target=in_child, args=(queue, x))
+        child = context.Process(target=put_sum, args=(queue, x))
         child.start()
         child.join(60)
         assert child.exitcode == 0
@@ -262,26 +281,25 @@ def test_fork_after_a_parallel_region() -> None:
         torch.set_num_threads(before)
 
 
-def test_two_python_threads_at_once() -> None:
+def test_backward_runs_in_two_python_threads_at_once() -> None:
     xs = [normal(4, 64, 784, seed=seed).float() for seed in range(2)]
     expected = [cpu.backward(x, x, 0.1, "leave_one_out") for x in xs]
-    wrong = []
+    equal = []
 
     def work(index: int) -> None:
         for _ in range(50):
             actual = cpu.backward(xs[index], xs[index], 0.1, "leave_one_out")
-            wrong.append(not torch.equal(actual, expected[index]))
+            equal.append(torch.equal(actual, expected[index]))
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(wrong) == 100
-    assert not any(wrong)
+    assert equal == [True] * 100
 
 
-def test_kernels_info() -> None:
+def test_kernels_info_lists_every_device_and_dtype() -> None:
     info = simam.kernels_info()
     fused = [entry.dtype for entry in info if entry.device == "cpu" and entry.fused]
     assert fused == ["float64", "float32", "bfloat16", "float16"]
@@ -300,51 +318,50 @@ def test_kernels_info() -> None:
     assert re.fullmatch(r"others +any +plain torch +no kernel for other devices", table[-1])
 
 
-def test_failure_of_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full:
-        def simam_cpu(self, *args: object) -> int:
+def test_forward_reports_failure_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfMemory:
+        def simam_forward(self, *args: object) -> int:
             return 1
 
-    monkeypatch.setattr(cpu, "_library", Full())
-    with pytest.raises(
-        RuntimeError, match=r"^the CPU kernel of simam stopped: it ran out of memory$"
-    ):
+    monkeypatch.setattr(cpu, "_library", OutOfMemory())
+    with pytest.raises(RuntimeError, match=r"^the CPU kernel of simam failed: out of memory$"):
         F.simam(torch.ones(1, 2, 3))
 
 
 @pytest.mark.sweep
-def test_ten_thousand_random_cases() -> None:
+def test_forward_and_backward_on_ten_thousand_random_cases() -> None:
     draw = random.Random(0)
     worst = dict.fromkeys(itertools.product(DTYPES, ("forward", "backward")), 0.0)
     for seed in range(10_000):
-        rank = draw.choice([3, 4, 5])
-        most = {3: 3000, 4: 60, 5: 12}[rank]
-        sizes = [draw.randint(1, most) for _ in range(rank - 2)]
+        dims = draw.choice([3, 4, 5])
+        max_size = {3: 3000, 4: 60, 5: 12}[dims]
+        sizes = [draw.randint(1, max_size) for _ in range(dims - 2)]
         shape = (draw.randint(1, 3), draw.choice([1, 2, 3, 16, 17, 64, 65, 100]), *sizes)
         if math.prod(shape) > 200_000:
             shape = (1, min(shape[1], 8), *sizes)
         dtype = draw.choice(DTYPES)
-        scale, offset = 10 ** draw.uniform(-3, 3), draw.choice([0.0, 1.0, -30.0])
+        std, offset = 10 ** draw.uniform(-3, 3), draw.choice([0.0, 1.0, -30.0])
         e_lambda, statistics = 10 ** draw.uniform(-8, 1), draw.choice(STATISTICS)
-        x = (scale * (normal(*shape, seed=seed).clamp(-5, 5) + offset)).to(dtype)
-        order = draw.sample(range(rank), rank)
+        x = (std * (normal(*shape, seed=seed).clamp(-5, 5) + offset)).to(dtype)
+        order = draw.sample(range(dims), dims)
         if draw.random() < 0.5:
-            x = x.permute(order).contiguous().permute([order.index(i) for i in range(rank)])
+            x = x.permute(order).contiguous().permute([order.index(i) for i in range(dims)])
         if draw.random() < 0.3:
             x = x.repeat_interleave(2, -1)[..., ::2]
-        pull = normal(*shape, seed=seed + 1).to(dtype)
-        errors = check(cpu, x, pull, e_lambda, statistics)
+        grad_output = normal(*shape, seed=seed + 1).to(dtype)
+        errors = check(cpu, x, grad_output, e_lambda, statistics)
         for name, error in zip(("forward", "backward"), errors, strict=True):
             worst[dtype, name] = max(worst[dtype, name], error)
     for (dtype, name), error in worst.items():
-        print(f"{dtype} {name}: {error:.2f} of what is allowed")  # noqa: T201 - with pytest -s
+        print(f"{dtype} {name}: {error:.2f} of the allowed error")  # noqa: T201 - shown by pytest -s
 
 
-def both(x: Tensor, pull: Tensor, statistics: str) -> tuple[Tensor, Tensor]:
-    return cpu.forward(x, 0.1, statistics), cpu.backward(pull, x, 0.1, statistics)
+def both_passes(x: Tensor, grad_output: Tensor, statistics: str) -> tuple[Tensor, Tensor]:
+    """Return the output and the gradient with respect to x."""
+    return cpu.forward(x, 0.1, statistics), cpu.backward(grad_output, x, 0.1, statistics)
 
 
-def steps(x: Tensor) -> Tensor:
-    """The place of a half among the halves."""
+def rank(x: Tensor) -> Tensor:
+    """Return the position of each half-precision number among all, from zero."""
     magnitude = x.abs().view(torch.int16).int()
     return torch.where(x < 0, -magnitude, magnitude)

@@ -87,9 +87,13 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     library = kernels.cpu._library
 
     class Recorder:
-        def simam_cpu(self, *args: object) -> int:
-            calls.append("forward" if args[1] is None else "backward")
-            return library.simam_cpu(*args)
+        def simam_forward(self, *args: object) -> int:
+            calls.append("forward")
+            return library.simam_forward(*args)
+
+        def simam_backward(self, *args: object) -> int:
+            calls.append("backward")
+            return library.simam_backward(*args)
 
     monkeypatch.setattr(kernels.cpu, "_library", Recorder())
     return calls

@@ -1,13 +1,18 @@
-/* SimAM on the CPU, forward and backward, in one pass over the memory as far as a channel fits
-   the cache. Plain C: no header of torch or Python, so that one build serves all their versions.
+/* SimAM on the CPU: the tiles, the threads and the exported functions. The arithmetic is in
+   kernel.inc. Plain C without headers of torch or Python, so that one build works with every
+   version of both.
 
-   A job goes through stages: the moments of every channel, then either the output, or the sums
-   that the gradient needs and the gradient. Each stage works on one block of one tile. Tiles are
-   independent, so threads share them out. Where there are fewer tiles than threads, they share
-   the blocks instead, and wait for each other after each stage; the results are the same.
+   A job runs in stages. The first computes the moments of every channel. In the forward pass the
+   second computes the output; in the backward pass the second, backward_reduce, computes the sums
+   that the gradient needs, and the third, backward_apply, the gradient. A stage works on one tile
+   of a block at a time. Channels that fit the cache are read from memory only once.
 
-   The build must not allow what -ffast-math allows: NaN and infinity keep their meaning, and that
-   flag would also set flush-to-zero for the whole process. */
+   Blocks are independent, so each thread runs all stages on blocks of its own. With fewer blocks
+   than threads, each thread works on tiles of its own instead, and the threads synchronize after
+   every stage. The results are the same, bit for bit.
+
+   Do not build with -ffast-math: the code relies on NaN and infinity, and the flag would also set
+   flush-to-zero for the whole process. */
 
 #include "types.h"
 #include "half.h"
@@ -22,47 +27,48 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-enum { DONE, OUT_OF_MEMORY, FAILED };
+enum { SUCCESS, OUT_OF_MEMORY, PARALLEL_FOR_FAILED };
 
-static INLINE int64_t least(int64_t a, int64_t b)
+static INLINE int64_t min_i64(int64_t a, int64_t b)
 {
     return a < b ? a : b;
 }
 
-/* Add `count` positions to the `seen` ones of a channel, after Chan, Golub and LeVeque; squares are
-   those of deviations from the mean. The first centre stays, and the shift takes up the rest. */
-static INLINE void merge(Moments *m, int64_t c, double seen, double count, double centre,
-                         double shift, double squares)
+/* Adds the moments of `count` positions to the moments of the channel's previous positions (Chan,
+   Golub and LeVeque). mean_hi keeps its first value; mean_lo takes the changes of the mean. */
+static INLINE void combine_moments(Moments *m, int64_t c, double previous, double count,
+                                   double mean_hi, double mean_lo, double sum_sq)
 {
-    if (seen == 0) {
-        m->centre[c] = centre;
-        m->shift[c] = shift;
-        m->squares[c] = squares;
+    if (previous == 0) {
+        m->mean_hi[c] = mean_hi;
+        m->mean_lo[c] = mean_lo;
+        m->sum_sq[c] = sum_sq;
         return;
     }
-    const double delta = centre - m->centre[c] + (shift - m->shift[c]);
-    const double part = count / (seen + count);
-    m->shift[c] += delta * part;
-    m->squares[c] += squares + delta * delta * seen * part;
+    const double delta = mean_hi - m->mean_hi[c] + (mean_lo - m->mean_lo[c]);
+    const double fraction = count / (previous + count);
+    m->mean_lo[c] += delta * fraction;
+    m->sum_sq[c] += sum_sq + delta * delta * previous * fraction;
 }
 
-/* The same, of the sum and the squares of deviations from the centre. */
-static INLINE void merge_run(Moments *m, int64_t c, double seen, double count, double centre,
-                             double sum, double squares)
+/* The same, given the sum and the sum of squares of the deviations from mean_hi. */
+static INLINE void combine_run(Moments *m, int64_t c, double previous, double count, double mean_hi,
+                               double sum, double sum_sq)
 {
-    const double shift = sum / count;
-    merge(m, c, seen, count, centre, shift, squares - sum * shift);
+    const double mean_lo = sum / count;
+    combine_moments(m, c, previous, count, mean_hi, mean_lo, sum_sq - sum * mean_lo);
 }
 
-static INLINE int64_t size_of(int dtype)
+static INLINE int64_t element_size(int dtype)
 {
     return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2;
 }
 
-/* Ask for elements of the memory that comes next. It may lie beyond the end: nothing is read. */
-static INLINE void fetch(const void *data, int64_t i, int64_t count, int dtype, int to_write)
+/* Prefetches `count` elements from index i. The address may be out of bounds; a prefetch never
+   faults. */
+static INLINE void prefetch(const void *data, int64_t i, int64_t count, int dtype, int to_write)
 {
-    const int64_t size = size_of(dtype);
+    const int64_t size = element_size(dtype);
     const uintptr_t start = (uintptr_t)data + (uintptr_t)(i * size);
     for (int64_t offset = 0; offset < count * size; offset += 64)
         PREFETCH((const void *)(start + (uintptr_t)offset), to_write);
@@ -70,36 +76,38 @@ static INLINE void fetch(const void *data, int64_t i, int64_t count, int dtype, 
 
 #define LOG2_E 1.4426950408889634
 
-/* 2^f for |f| <= 1/2, minimax: to 7.5e-8, so the gate to 2e-8; and in double to 2.2e-16. */
+/* EXP2_POLYNOMIAL is the minimax approximation of 2^f for |f| <= 1/2. Its error is 7.5e-8 in
+   float, which gives a gate accurate to 2e-8, and 2.2e-16 in double. MAX_Q bounds q such
+   that coef_d, coef_s and q_log2e are finite. */
 #define REAL float
 #define NAME(name) name##_float
-#define BITS uint32_t
-#define MANTISSA 23
+#define UINT uint32_t
+#define MANTISSA_BITS 23
 #define MAGIC (0x1.8p23f + 127)
-#define LEAST (-126.0f)
-#define LARGEST 1e38
-#define POLYNOMIAL(f) \
+#define MIN_EXPONENT (-126.0f)
+#define MAX_Q 1e38
+#define EXP2_POLYNOMIAL(f) \
     (0x1.000002p0f + \
      f * (0x1.62e428p-1f + \
           f * (0x1.ebf918p-3f + f * (0x1.c6b6e4p-5f + f * (0x1.3d0c52p-7f + f * 0x1.5c08e6p-10f)))))
 #include "kernel.inc"
 #undef REAL
 #undef NAME
-#undef BITS
-#undef MANTISSA
+#undef UINT
+#undef MANTISSA_BITS
 #undef MAGIC
-#undef LEAST
-#undef LARGEST
-#undef POLYNOMIAL
+#undef MIN_EXPONENT
+#undef MAX_Q
+#undef EXP2_POLYNOMIAL
 
 #define REAL double
 #define NAME(name) name##_double
-#define BITS uint64_t
-#define MANTISSA 52
+#define UINT uint64_t
+#define MANTISSA_BITS 52
 #define MAGIC (0x1.8p52 + 1023)
-#define LEAST (-1022.0)
-#define LARGEST 1e308
-#define POLYNOMIAL(f) \
+#define MIN_EXPONENT (-1022.0)
+#define MAX_Q 1e307
+#define EXP2_POLYNOMIAL(f) \
     (1.0 + \
      f * (0x1.62e42fefa3a17p-1 + \
           f * (0x1.ebfbdff82c3b9p-3 + \
@@ -113,8 +121,8 @@ static INLINE void fetch(const void *data, int64_t i, int64_t count, int dtype, 
                                                   f * 0x1.e3991e644e6abp-28))))))))))
 #include "kernel.inc"
 
-/* A clone does not reach the functions that it calls, so all of them are inlined into these. The
-   names of the levels are those of features; GCC knows them as such from 12 on. */
+/* target_clones does not apply to callees, so every callee is inlined. GCC accepts these names,
+   which stand for sets of features, from version 12 on. */
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define HAS_CLONES
 #define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
@@ -122,166 +130,160 @@ static INLINE void fetch(const void *data, int64_t i, int64_t count, int dtype, 
 #define CLONES
 #endif
 
-CLONES static void find_moments(const Job *job, const Block *b, Moments *m)
-{
-    switch (job->dtype) {
-    case FLOAT64:
-        moments_double(job, b, m, FLOAT64);
-        break;
-    case FLOAT32:
-        moments_float(job, b, m, FLOAT32);
-        break;
-    case BFLOAT16:
-        moments_float(job, b, m, BFLOAT16);
-        break;
-    case FLOAT16:
-        moments_float(job, b, m, FLOAT16);
+/* BOOL_SWITCH runs a statement in which CONSTANT is the value of the condition. DISPATCH_DTYPE
+   calls the float or double version of a function, with arguments in which DTYPE is the dtype.
+   Both names are compile-time constants, so the loops of the functions contain no branches. */
+#define BOOL_SWITCH(condition, CONSTANT, statement) \
+    do { \
+        if (condition) { \
+            enum { CONSTANT = 1 }; \
+            statement; \
+        } else { \
+            enum { CONSTANT = 0 }; \
+            statement; \
+        } \
+    } while (0)
+
+#define CASE_DTYPE(constant, call) \
+    case constant: { \
+        enum { DTYPE = constant }; \
+        call; \
+        break; \
     }
+
+#define DISPATCH_DTYPE(dtype, function, arguments) \
+    switch (dtype) { \
+        CASE_DTYPE(FLOAT64, function##_double arguments) \
+        CASE_DTYPE(FLOAT32, function##_float arguments) \
+        CASE_DTYPE(BFLOAT16, function##_float arguments) \
+        CASE_DTYPE(FLOAT16, function##_float arguments) \
+    }
+
+CLONES static void compute_moments(const Job *job, const Tile *tile, Moments *m)
+{
+    DISPATCH_DTYPE(job->dtype, moments_tile, (job, tile, m, DTYPE));
 }
 
-CLONES static void scale(const Job *job, const Block *b, const Moments *m)
+CLONES static void forward(const Job *job, const Tile *tile, const Moments *m)
 {
-    switch (job->dtype) {
-    case FLOAT64:
-        scale_double(job, b, m, FLOAT64);
-        break;
-    case FLOAT32:
-        scale_float(job, b, m, FLOAT32);
-        break;
-    case BFLOAT16:
-        scale_float(job, b, m, BFLOAT16);
-        break;
-    case FLOAT16:
-        scale_float(job, b, m, FLOAT16);
-    }
+    BOOL_SWITCH(job->channels_last, CHANNELS_LAST,
+                BOOL_SWITCH(job->leave_one_out, LEAVE_ONE_OUT,
+                            DISPATCH_DTYPE(job->dtype, forward_tile,
+                                           (job, tile, m, DTYPE, CHANNELS_LAST, LEAVE_ONE_OUT))));
 }
 
-CLONES static void gather(const Job *job, const Block *b, const Moments *m, Sums *s, float *scratch)
+CLONES static void backward_reduce(
+    const Job *job, const Tile *tile, const Moments *m, Sums *sums, float *scratch)
 {
-    switch (job->dtype) {
-    case FLOAT64:
-        gather_double(job, b, m, s, scratch, FLOAT64);
-        break;
-    case FLOAT32:
-        gather_float(job, b, m, s, scratch, FLOAT32);
-        break;
-    case BFLOAT16:
-        gather_float(job, b, m, s, scratch, BFLOAT16);
-        break;
-    case FLOAT16:
-        gather_float(job, b, m, s, scratch, FLOAT16);
-    }
+    BOOL_SWITCH(job->channels_last, CHANNELS_LAST,
+                BOOL_SWITCH(job->leave_one_out, LEAVE_ONE_OUT,
+                            DISPATCH_DTYPE(job->dtype, backward_reduce_tile,
+                                           (job, tile, m, sums, scratch, DTYPE, CHANNELS_LAST,
+                                            LEAVE_ONE_OUT))));
 }
 
-CLONES static void settle(
-    const Job *job, const Block *b, const Moments *m, const Sums *s, float *scratch)
+CLONES static void backward_apply(
+    const Job *job, const Tile *tile, const Moments *m, const Sums *sums, float *scratch)
 {
-    switch (job->dtype) {
-    case FLOAT64:
-        settle_double(job, b, m, s, scratch, FLOAT64);
-        break;
-    case FLOAT32:
-        settle_float(job, b, m, s, scratch, FLOAT32);
-        break;
-    case BFLOAT16:
-        settle_float(job, b, m, s, scratch, BFLOAT16);
-        break;
-    case FLOAT16:
-        settle_float(job, b, m, s, scratch, FLOAT16);
-    }
+    BOOL_SWITCH(job->channels_last, CHANNELS_LAST,
+                DISPATCH_DTYPE(job->dtype, backward_apply_tile,
+                               (job, tile, m, sums, scratch, DTYPE, CHANNELS_LAST)));
 }
 
-static Block find_block(const Job *job, int64_t tile, int64_t index)
+static Tile get_tile(const Job *job, int64_t block, int64_t index)
 {
-    const int64_t sample = tile / job->tiles_per_sample;
-    const int64_t channel = tile % job->tiles_per_sample * job->tile_channels;
-    Block b;
-    b.channels = least(job->tile_channels, job->channels - channel);
-    b.first = index * job->block_positions;
-    b.positions = least(job->block_positions, job->positions - b.first);
-    b.start = sample * job->channels * job->positions;
-    if (job->strips) {
-        b.start += b.first * job->channels + channel;
-        b.stride = job->channels;
-        b.lines = b.positions;
-        b.length = b.channels;
+    const int64_t sample = block / job->blocks_per_sample;
+    const int64_t channel = block % job->blocks_per_sample * job->block_channels;
+    Tile tile;
+    tile.channels = min_i64(job->block_channels, job->channels - channel);
+    tile.first_position = index * job->tile_positions;
+    tile.positions = min_i64(job->tile_positions, job->positions - tile.first_position);
+    tile.start = sample * job->channels * job->positions;
+    if (job->channels_last) {
+        tile.start += tile.first_position * job->channels + channel;
+        tile.stride = job->channels;
+        tile.lines = tile.positions;
+        tile.length = tile.channels;
     } else {
-        b.start += channel * job->positions + b.first;
-        b.stride = job->positions;
-        b.lines = b.channels;
-        b.length = b.positions;
+        tile.start += channel * job->positions + tile.first_position;
+        tile.stride = job->positions;
+        tile.lines = tile.channels;
+        tile.length = tile.positions;
     }
-    return b;
+    return tile;
 }
 
-/* What is known of a tile, or of a block of it. */
+/* Statistics of the channels, over one tile or over all tiles of a block so far. */
 typedef struct {
     Moments moments;
     Sums sums;
-} Known;
+} ChannelStats;
 
-typedef enum { MOMENTS, SCALE, GATHER, SETTLE } Stage;
+typedef enum { MOMENTS, FORWARD, BACKWARD_REDUCE, BACKWARD_APPLY } Stage;
 
-static void run_stage(const Job *job, Stage stage, const Block *b, const Known *tile, Known *block,
-                      float *scratch)
+static void run_stage(const Job *job, Stage stage, const Tile *tile,
+                      const ChannelStats *block_stats, ChannelStats *tile_stats, float *scratch)
 {
     switch (stage) {
     case MOMENTS:
-        find_moments(job, b, &block->moments);
+        compute_moments(job, tile, &tile_stats->moments);
         break;
-    case SCALE:
-        scale(job, b, &tile->moments);
+    case FORWARD:
+        forward(job, tile, &block_stats->moments);
         break;
-    case GATHER:
-        gather(job, b, &tile->moments, &block->sums, scratch);
+    case BACKWARD_REDUCE:
+        backward_reduce(job, tile, &block_stats->moments, &tile_stats->sums, scratch);
         break;
-    case SETTLE:
-        settle(job, b, &tile->moments, &tile->sums, scratch);
+    case BACKWARD_APPLY:
+        backward_apply(job, tile, &block_stats->moments, &block_stats->sums, scratch);
     }
 }
 
-/* Take up what a stage found in a block. Blocks come in order. */
-static void take_up(Stage stage, const Block *b, Known *tile, const Known *block)
+/* Adds the statistics of a tile to those of its block. The tiles of a block come in order. */
+static void accumulate(Stage stage, const Tile *tile, ChannelStats *block_stats,
+                       const ChannelStats *tile_stats)
 {
-    for (int64_t c = 0; c < b->channels; c++) {
+    for (int64_t c = 0; c < tile->channels; c++) {
         if (stage == MOMENTS) {
-            merge(&tile->moments, c, (double)b->first, (double)b->positions,
-                  block->moments.centre[c], block->moments.shift[c], block->moments.squares[c]);
-        } else if (stage == GATHER) {
-            const int more = b->first > 0;
-            Sums *sums = &tile->sums;
-            sums->of_deviation[c] =
-                (more ? sums->of_deviation[c] : 0) + block->sums.of_deviation[c];
-            sums->of_total[c] = (more ? sums->of_total[c] : 0) + block->sums.of_total[c];
+            combine_moments(&block_stats->moments, c, (double)tile->first_position,
+                            (double)tile->positions, tile_stats->moments.mean_hi[c],
+                            tile_stats->moments.mean_lo[c], tile_stats->moments.sum_sq[c]);
+        } else if (stage == BACKWARD_REDUCE) {
+            const int has_previous = tile->first_position > 0;
+            Sums *sums = &block_stats->sums;
+            sums->sum_d[c] = (has_previous ? sums->sum_d[c] : 0) + tile_stats->sums.sum_d[c];
+            sums->sum_s[c] = (has_previous ? sums->sum_s[c] : 0) + tile_stats->sums.sum_s[c];
         }
     }
 }
 
-typedef void Range(int64_t begin, int64_t end, void *context);
-typedef int32_t ParallelFor(int64_t begin, int64_t end, int64_t grain, Range *range, void *context);
+typedef void LoopBody(int64_t begin, int64_t end, void *context);
+typedef int32_t ParallelFor(int64_t begin, int64_t end, int64_t grain, LoopBody *body,
+                            void *context);
 
-/* Below so many elements, a thread costs more than it takes over. */
-enum { GRAIN = 32768 };
+/* With fewer elements than this, a thread costs more time than it saves. */
+enum { GRAIN_ELEMENTS = 32768 };
 
 typedef struct {
     const Job *job;
-    Stage stages[3];
-    int number_of_stages;
+    const Stage *stages;
+    int num_stages;
     int out_of_memory;
 
-    /* only where the blocks are shared out */
+    /* used only by parallel_over_tiles */
     Stage stage;
-    Known *tiles, *blocks;
+    ChannelStats *block_stats, *tile_stats;
     float *scratch;
 } Work;
 
+/* Elements of scratch memory per block; see terms_of_tile in kernel.inc. */
 static int64_t scratch_size(const Job *job)
 {
     const int half = job->dtype == BFLOAT16 || job->dtype == FLOAT16;
-    return half && job->gradient ? job->tile_channels * job->positions : 0;
+    return half && job->dy ? job->block_channels * job->positions : 0;
 }
 
-static void run_tiles(int64_t begin, int64_t end, void *context)
+static void run_blocks(int64_t begin, int64_t end, void *context)
 {
     Work *work = context;
     const Job *job = work->job;
@@ -293,132 +295,166 @@ static void run_tiles(int64_t begin, int64_t end, void *context)
             return;
         }
     }
-    for (int64_t tile = begin; tile < end; tile++) {
-        Known whole, part;
-        for (int s = 0; s < work->number_of_stages; s++) {
+    for (int64_t block = begin; block < end; block++) {
+        ChannelStats block_stats, tile_stats;
+        for (int s = 0; s < work->num_stages; s++) {
             const Stage stage = work->stages[s];
-            for (int64_t index = 0; index < job->blocks; index++) {
-                const Block b = find_block(job, tile, index);
-                if (job->blocks == 1) {
-                    run_stage(job, stage, &b, &whole, &whole, scratch);
+            for (int64_t index = 0; index < job->tiles_per_block; index++) {
+                const Tile tile = get_tile(job, block, index);
+                if (job->tiles_per_block == 1) {
+                    run_stage(job, stage, &tile, &block_stats, &block_stats, scratch);
                     continue;
                 }
-                run_stage(job, stage, &b, &whole, &part, scratch);
-                take_up(stage, &b, &whole, &part);
+                run_stage(job, stage, &tile, &block_stats, &tile_stats, scratch);
+                accumulate(stage, &tile, &block_stats, &tile_stats);
             }
         }
     }
     free(scratch);
 }
 
-static void run_blocks(int64_t begin, int64_t end, void *context)
+static void run_tiles(int64_t begin, int64_t end, void *context)
 {
     Work *work = context;
     const Job *job = work->job;
     for (int64_t i = begin; i < end; i++) {
-        const int64_t tile = i / job->blocks;
-        const Block b = find_block(job, tile, i % job->blocks);
-        run_stage(job, work->stage, &b, &work->tiles[tile], &work->blocks[i],
-                  work->scratch ? work->scratch + tile * scratch_size(job) : NULL);
+        const int64_t block = i / job->tiles_per_block;
+        const Tile tile = get_tile(job, block, i % job->tiles_per_block);
+        run_stage(job, work->stage, &tile, &work->block_stats[block], &work->tile_stats[i],
+                  work->scratch ? work->scratch + block * scratch_size(job) : NULL);
     }
 }
 
-static int64_t grain_of(int64_t elements)
+static int64_t grain_size(int64_t elements)
 {
-    return elements < GRAIN ? GRAIN / elements : 1;
+    return elements < GRAIN_ELEMENTS ? GRAIN_ELEMENTS / elements : 1;
 }
 
-static int share_tiles(Work *work, ParallelFor *parallel_for)
+static int parallel_over_blocks(Work *work, ParallelFor *parallel_for)
 {
     const Job *job = work->job;
-    const int64_t grain = grain_of(job->tile_channels * job->positions);
-    if (!parallel_for || job->tiles <= grain)
-        run_tiles(0, job->tiles, work);
-    else if (parallel_for(0, job->tiles, grain, run_tiles, work))
-        return FAILED;
-    return work->out_of_memory ? OUT_OF_MEMORY : DONE;
+    const int64_t grain = grain_size(job->block_channels * job->positions);
+    if (!parallel_for || job->blocks <= grain)
+        run_blocks(0, job->blocks, work);
+    else if (parallel_for(0, job->blocks, grain, run_blocks, work))
+        return PARALLEL_FOR_FAILED;
+    return work->out_of_memory ? OUT_OF_MEMORY : SUCCESS;
 }
 
-static int share_blocks(Work *work, ParallelFor *parallel_for)
+static int parallel_over_tiles(Work *work, ParallelFor *parallel_for)
 {
     const Job *job = work->job;
-    const int64_t units = job->tiles * job->blocks;
-    int status = DONE;
-    work->tiles = malloc((size_t)job->tiles * sizeof *work->tiles);
-    work->blocks = malloc((size_t)units * sizeof *work->blocks);
+    const int64_t tiles = job->blocks * job->tiles_per_block;
+    int status = SUCCESS;
+    work->block_stats = malloc((size_t)job->blocks * sizeof *work->block_stats);
+    work->tile_stats = malloc((size_t)tiles * sizeof *work->tile_stats);
     if (scratch_size(job))
-        work->scratch = malloc((size_t)(job->tiles * scratch_size(job)) * sizeof *work->scratch);
-    if (!work->tiles || !work->blocks || (scratch_size(job) && !work->scratch))
+        work->scratch = malloc((size_t)(job->blocks * scratch_size(job)) * sizeof *work->scratch);
+    if (!work->block_stats || !work->tile_stats || (scratch_size(job) && !work->scratch))
         status = OUT_OF_MEMORY;
-    const int64_t grain = grain_of(job->tile_channels * job->block_positions);
-    for (int s = 0; s < work->number_of_stages && status == DONE; s++) {
+    const int64_t grain = grain_size(job->block_channels * job->tile_positions);
+    for (int s = 0; s < work->num_stages && status == SUCCESS; s++) {
         work->stage = work->stages[s];
-        if (parallel_for(0, units, grain, run_blocks, work))
-            status = FAILED;
-        for (int64_t i = 0; i < units && status == DONE; i++) {
-            const Block b = find_block(job, i / job->blocks, i % job->blocks);
-            take_up(work->stage, &b, &work->tiles[i / job->blocks], &work->blocks[i]);
+        if (parallel_for(0, tiles, grain, run_tiles, work))
+            status = PARALLEL_FOR_FAILED;
+        for (int64_t i = 0; i < tiles && status == SUCCESS; i++) {
+            const int64_t block = i / job->tiles_per_block;
+            const Tile tile = get_tile(job, block, i % job->tiles_per_block);
+            accumulate(work->stage, &tile, &work->block_stats[block], &work->tile_stats[i]);
         }
     }
-    free(work->tiles);
-    free(work->blocks);
+    free(work->block_stats);
+    free(work->tile_stats);
     free(work->scratch);
     return status;
 }
 
-/* What malloc takes fresh from the system arrives page by page, at the first write to each, which
-   on small pages may take longer than all the rest. Every byte of a result is written, so huge
-   pages waste nothing. A hint: whether it is heeded does not matter here. */
-static void ask_for_huge_pages(void *data, int64_t size)
+/* Memory that is new to the process is mapped page by page, at the first write to each page. With
+   small pages this may take longer than everything else. Every byte of the output is written, so
+   huge pages waste no memory. The system may ignore the advice. */
+static void advise_huge_pages(void *data, int64_t size)
 {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t page = 2 << 20, least_size = 4 << 20;
+    const uintptr_t page = 2 << 20, min_size = 4 << 20;
     const uintptr_t start = ((uintptr_t)data + page - 1) / page * page;
     const uintptr_t end = ((uintptr_t)data + (uintptr_t)size) / page * page;
-    if ((uintptr_t)size >= least_size && end > start)
+    if ((uintptr_t)size >= min_size && end > start)
         (void)madvise((void *)start, end - start, MADV_HUGEPAGE);
 #else
     (void)data, (void)size;
 #endif
 }
 
-/* The output of x, or with a gradient of the output that of x. parallel_for is torch's own, of
-   so many threads, or NULL. Returns DONE, OUT_OF_MEMORY, or FAILED if parallel_for did. */
-EXPORT int simam_cpu(const void *x, const void *gradient, void *result, int64_t samples,
-                     int64_t channels, int64_t positions, double lambda, int dtype, int strips,
-                     int statistics, ParallelFor *parallel_for, int threads)
+static int run(Job *job, const Stage *stages, int num_stages, ParallelFor *parallel_for,
+               int threads)
 {
-    if (samples == 0 || channels == 0)
-        return DONE;
-    Job job = {x, gradient, result, samples, channels, positions, lambda, dtype, strips, statistics,
-               0, 0, 0, 0, 0};
-    if (strips) {
-        job.tile_channels = least(TILE_CHANNELS, channels);
-        job.block_positions = STRIP_BLOCK;
+    if (job->samples == 0 || job->channels == 0)
+        return SUCCESS;
+    advise_huge_pages(job->out,
+                      job->samples * job->channels * job->positions * element_size(job->dtype));
+    if (job->channels_last) {
+        job->block_channels = min_i64(BLOCK_CHANNELS, job->channels);
+        job->tile_positions = TILE_POSITIONS;
     } else {
-        job.samples = 1;
-        job.channels = samples * channels;
-        job.tile_channels =
-            positions > SHORT_ROW ? 1 : least(TILE_CHANNELS, ROW_BLOCK / positions / 4 * 4);
-        job.block_positions = ROW_BLOCK;
+        job->channels *= job->samples;
+        job->samples = 1;
+        /* A multiple of four, because contiguous_moments processes four channels at a time. */
+        job->block_channels = job->positions > SHORT_CHANNEL
+                                  ? 1
+                                  : min_i64(BLOCK_CHANNELS, TILE_ELEMENTS / job->positions / 4 * 4);
+        job->tile_positions = TILE_ELEMENTS;
     }
-    job.tiles_per_sample = (job.channels + job.tile_channels - 1) / job.tile_channels;
-    job.tiles = job.samples * job.tiles_per_sample;
-    job.blocks = (positions + job.block_positions - 1) / job.block_positions;
+    job->blocks_per_sample = (job->channels + job->block_channels - 1) / job->block_channels;
+    job->blocks = job->samples * job->blocks_per_sample;
+    job->tiles_per_block = (job->positions + job->tile_positions - 1) / job->tile_positions;
 
-    ask_for_huge_pages(result, samples * channels * positions * size_of(dtype));
-    Work work = {&job, {MOMENTS, SCALE}, 2, 0, MOMENTS, NULL, NULL, NULL};
-    if (gradient) {
-        work.stages[1] = GATHER;
-        work.stages[2] = SETTLE;
-        work.number_of_stages = 3;
-    }
-    if (parallel_for && job.tiles < threads && job.blocks > 1)
-        return share_blocks(&work, parallel_for);
-    return share_tiles(&work, parallel_for);
+    Work work = {.job = job, .stages = stages, .num_stages = num_stages};
+    if (parallel_for && job->blocks < threads && job->tiles_per_block > 1)
+        return parallel_over_tiles(&work, parallel_for);
+    return parallel_over_blocks(&work, parallel_for);
 }
 
-/* The instructions that the processor allows. */
+/* Computes the output. parallel_for is torch's parallel loop over `threads` threads, or NULL.
+   Returns SUCCESS, OUT_OF_MEMORY or PARALLEL_FOR_FAILED. */
+EXPORT int simam_forward(const void *x, void *out, int64_t samples, int64_t channels,
+                         int64_t positions, double e_lambda, int dtype, int channels_last,
+                         int leave_one_out, ParallelFor *parallel_for, int threads)
+{
+    static const Stage stages[] = {MOMENTS, FORWARD};
+    Job job = {.x = x,
+               .out = out,
+               .samples = samples,
+               .channels = channels,
+               .positions = positions,
+               .e_lambda = e_lambda,
+               .dtype = dtype,
+               .channels_last = channels_last,
+               .leave_one_out = leave_one_out};
+    return run(&job, stages, 2, parallel_for, threads);
+}
+
+/* Computes dx, the gradient with respect to x, from dy, the gradient with respect to the output.
+   Otherwise as simam_forward. */
+EXPORT int simam_backward(const void *dy, const void *x, void *dx, int64_t samples,
+                          int64_t channels, int64_t positions, double e_lambda, int dtype,
+                          int channels_last, int leave_one_out, ParallelFor *parallel_for,
+                          int threads)
+{
+    static const Stage stages[] = {MOMENTS, BACKWARD_REDUCE, BACKWARD_APPLY};
+    Job job = {.x = x,
+               .dy = dy,
+               .out = dx,
+               .samples = samples,
+               .channels = channels,
+               .positions = positions,
+               .e_lambda = e_lambda,
+               .dtype = dtype,
+               .channels_last = channels_last,
+               .leave_one_out = leave_one_out};
+    return run(&job, stages, 3, parallel_for, threads);
+}
+
+/* Names the instruction set that the clones use on this processor. */
 EXPORT const char *simam_cpu_level(void)
 {
 #if defined(HAS_CLONES)

@@ -1,7 +1,7 @@
-/* What cpu.c and both inclusions of kernel.inc share. */
+/* Types and constants that simam_cpu.c, kernel.inc and half.h share. */
 
-#ifndef SIMAM_CPU_H
-#define SIMAM_CPU_H
+#ifndef SIMAM_TYPES_H
+#define SIMAM_TYPES_H
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -18,47 +18,56 @@
 #define PREFETCH(address, to_write) __builtin_prefetch(address, to_write, 2)
 #endif
 
-enum { SHARED, LEAVE_ONE_OUT };
 enum { FLOAT64, FLOAT32, BFLOAT16, FLOAT16 };
 
-/* A tile is a group of channels that are worked on together, a block the part of it over which
-   sums are taken in the precision of the map; sums of blocks are taken in double. A block of rows
-   is contiguous: some short channels, or a part of a long one. */
-enum { TILE_CHANNELS = 64, SHORT_ROW = 1024, ROW_BLOCK = 4096, STRIP_BLOCK = 256 };
+/* A block is a group of channels, and a tile is a block by a range of positions. Sums over a tile
+   have the type REAL of kernel.inc; sums over the tiles of a block are double. A contiguous tile
+   is contiguous in memory: it holds several short channels, or positions of a single channel. */
+enum {
+    BLOCK_CHANNELS = 64,  /* the most channels of a block */
+    SHORT_CHANNEL = 1024, /* contiguous channels of at most this many positions share a block */
+    TILE_ELEMENTS = 4096, /* the most elements of a contiguous tile */
+    TILE_POSITIONS = 256  /* the most positions of a channels-last tile */
+};
 
-/* How far ahead memory is asked for: pieces of a row, in elements, and lines of strips. */
+/* A contiguous tile is processed in pieces of at most PIECE elements, and each piece prefetches
+   the same piece of the next tile. A channels-last tile prefetches LINES_AHEAD lines ahead. */
 enum { PIECE = 256, LINES_AHEAD = 16 };
 
-/* N samples of C channels of M positions. In rows, the positions of a channel are neighbours in
-   memory; in strips (channels last), the channels of a position are. */
+/* A forward or backward pass over a tensor of N samples, C channels and M positions. In the
+   contiguous layout the positions of a channel are adjacent in memory, and all N * C channels
+   count as channels of one sample. In the channels-last layout the channels of a position are
+   adjacent. */
 typedef struct {
     const void *x;
-    const void *gradient; /* of the output; NULL in the forward pass */
-    void *result;         /* output, or gradient of the input, laid out as x */
+    const void *dy; /* the gradient with respect to the output; NULL in the forward pass */
+    void *out;      /* the output or, in the backward pass, dx; both in the layout of x */
     int64_t samples, channels, positions;
-    double lambda;
-    int dtype, strips, statistics;
+    double e_lambda;
+    int dtype, channels_last, leave_one_out;
 
-    int64_t tile_channels, block_positions;
-    int64_t tiles_per_sample, tiles, blocks;
+    int64_t block_channels, tile_positions;
+    int64_t blocks_per_sample, blocks, tiles_per_block;
 } Job;
 
-/* Lines of neighbours in memory: element i of line o is element start + o * stride + i of x. In
-   rows a line is a channel, in strips a position. */
+/* Lines of adjacent elements: element i of line j has the index start + j * stride + i in x. A
+   line holds positions of one channel in the contiguous layout, and channels of one position in
+   the channels-last layout. */
 typedef struct {
     int64_t start, stride, lines, length;
-    int64_t channels, first, positions; /* of the tile; from the first on, so many */
-} Block;
+    int64_t channels, first_position, positions;
+} Tile;
 
-/* Of the channels of a block, or of all blocks so far. The mean is centre + shift, which keeps
-   the digits that the centre alone rounds away. */
+/* Moments of the channels, over one tile or over all tiles of a block so far. sum_sq is the sum of
+   the squared deviations from the mean. The mean is mean_hi + mean_lo: mean_lo keeps the digits
+   that mean_hi rounds away. */
 typedef struct {
-    double centre[TILE_CHANNELS], shift[TILE_CHANNELS], squares[TILE_CHANNELS];
+    double mean_hi[BLOCK_CHANNELS], mean_lo[BLOCK_CHANNELS], sum_sq[BLOCK_CHANNELS];
 } Moments;
 
-/* Sums over the positions of each channel; see kernel.inc. */
+/* Sums of v_d and v_s over the positions of each channel; see kernel.inc. */
 typedef struct {
-    double of_deviation[TILE_CHANNELS], of_total[TILE_CHANNELS];
+    double sum_d[BLOCK_CHANNELS], sum_s[BLOCK_CHANNELS];
 } Sums;
 
 #endif
