@@ -298,6 +298,27 @@ def test_choose_config_of_well_known_sizes() -> None:
     assert gpu.choose_config(1, 2000, 2**20, 4, False, False, 132).num_splits == 1
 
 
+# The largest M of each BLOCK_C, as in the table of kernels/README.md.
+@pytest.mark.parametrize(
+    ("element_size", "backward", "limits"),
+    [
+        (4, False, {32: 512, 16: 1024, 8: 4096}),
+        (4, True, {32: 512, 16: 1024, 8: 2048}),
+        (2, False, {64: 256, 32: 512, 16: 2048}),
+        (2, True, {64: 256, 32: 512, 16: 1024}),
+    ],
+)
+def test_choose_config_limits_of_channels_last(
+    element_size: int, backward: bool, limits: dict[int, int]
+) -> None:
+    for block_c, positions in limits.items():
+        config = gpu.choose_config(32, 512, positions, element_size, True, backward, 132)
+        assert config[:2] == (True, block_c)
+        config = gpu.choose_config(32, 512, positions + 1, element_size, True, backward, 132)
+        assert config[:2] != (True, block_c)
+    assert not config.single_pass
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 class TestGPU:
