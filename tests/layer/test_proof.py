@@ -39,7 +39,7 @@ def test_energy_leave_one_out_is_the_minimum(
 @given(x=maps(min_positions=2), e_lambda=lambdas)
 def test_oracles_brute_force_matches_the_closed_form(x: Tensor, e_lambda: float) -> None:
     channel = x.double().flatten(2)[0, 0].tolist()
-    centre = abs(math.fsum(channel)) / len(channel)
+    origin = abs(math.fsum(channel)) / len(channel)
     eps = torch.finfo(torch.float64).eps
     for index in range(len(channel)):
         w, b, _ = oracles.brute_force(channel, index, e_lambda)
@@ -49,7 +49,7 @@ def test_oracles_brute_force_matches_the_closed_form(x: Tensor, e_lambda: float)
         others = [*channel[:index], *channel[index + 1 :]]
         unit = math.sqrt(e_lambda + sum((y - channel[index]) ** 2 for y in others) / len(others))
         assert w == pytest.approx(float(exact_w), rel=0, abs=64 * eps / unit)
-        assert b == pytest.approx(float(exact_b), rel=0, abs=64 * eps * (1 + centre / unit))
+        assert b == pytest.approx(float(exact_b), rel=0, abs=64 * eps * (1 + origin / unit))
 
 
 @given(x=maps(min_positions=2), e_lambda=lambdas)
