@@ -61,7 +61,7 @@ def backward(grad_output: Tensor, x: Tensor, e_lambda: float, statistics: str) -
 
 
 def gate_bounds(positions: int, statistics: str) -> tuple[float, float]:
-    """Compute the smallest and the largest gate that a channel of so many positions can hold.
+    """Compute the smallest and the largest possible gate in a channel of M positions.
 
     Args:
         positions (int): M, the neurons of a channel.

@@ -26,7 +26,6 @@ from simam.cli.figure import draw
 from simam.cli.maps import Layer, collect, read_image
 from simam.cli.models import Subject, build
 from simam.messages import UserError
-from simam.reference import gate_bounds
 from tests.helpers.command import SMALL, Capture, error_message
 
 LAYERS = ["layer1.0.conv2", "layer2.0.conv2", "layer3.0.conv2", "layer4.0.conv2"]
@@ -149,22 +148,6 @@ def test_collect_computes_maps_and_histograms(monkeypatch: pytest.MonkeyPatch) -
     bins = [min(int((g - low) / (1 - low) * 40), 39) for g in gates]
     assert layer.counts.tolist() == [bins.count(i) for i in range(40)]
     assert layer.counts.sum() == 2 * 3 * 64
-
-
-@pytest.mark.parametrize("positions", [2, 3, 9, 49, 12544])
-def test_gate_bounds_are_reached(positions: int) -> None:
-    # The channel with the largest gate: one neuron differs from the others, which are all equal.
-    channel = [1e3] + [0.0] * (positions - 1)
-    reached = oracles.gate(torch.tensor(oracles.shared(channel, 1e-12), dtype=torch.float64)).max()
-    lower, upper = gate_bounds(positions, "shared")
-    assert lower == torch.sigmoid(torch.tensor(0.5, dtype=torch.float64)).item()
-    assert upper == pytest.approx(reached.item(), abs=1e-9)
-
-
-def test_gate_bounds_of_one_position_and_of_leave_one_out() -> None:
-    lower = torch.sigmoid(torch.tensor(0.5, dtype=torch.float64)).item()
-    assert gate_bounds(1, "shared") == (lower, lower)
-    assert gate_bounds(49, "leave_one_out") == (lower, 1)
 
 
 @pytest.fixture

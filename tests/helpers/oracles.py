@@ -1,7 +1,7 @@
-"""Slow, plain answers to check the library by. Nothing here comes from it.
+"""Slow, plain answers to check the library against. Nothing here is imported from the library.
 
-A channel is a list of floats, its neurons in order. `statistics` takes moments of fractions in
-exact arithmetic, so that a comparison allows for the rounding of the library alone.
+A channel is a list of floats, its neurons in order. Moments are computed with fractions, in exact
+arithmetic, so a comparison only has to allow for the rounding errors of the library.
 """
 
 import math
@@ -14,31 +14,28 @@ from torch import Tensor
 
 
 def each_channel(function: Callable[..., list], x: Tensor, *args: float) -> Tensor:
-    """A function of one channel at every channel of x (Tensor[N, C, *spatial]), in float64."""
+    """Apply a function to each channel of x (Tensor[N, C, *spatial]), in float64."""
     samples = x.detach().double().cpu().flatten(2).tolist()
     values = [[function(channel, *args) for channel in sample] for sample in samples]
     return torch.tensor(values, dtype=torch.float64).reshape(x.shape)
 
 
 def shared(channel: list[float], e_lambda: float) -> list[float]:
-    """The energies with one mean and one variance, S / (M - 1), for the whole channel."""
+    """Compute the energies with one mean and one variance, S / (M - 1), for the whole channel."""
     neurons = [Fraction(value) for value in channel]
-    spread = (variance(neurons) if len(neurons) > 1 else 0) + Fraction(e_lambda)
-    centre = mean(neurons)
-    energies = []
-    for t in neurons:
-        energies.append(float(4 * spread / ((t - centre) ** 2 + 2 * spread)))
-    return energies
+    mu = mean(neurons)
+    v = (variance(neurons) if len(neurons) > 1 else 0) + Fraction(e_lambda)
+    return [float(4 * v / ((t - mu) ** 2 + 2 * v)) for t in neurons]
 
 
 def leave_one_out(channel: list[float], e_lambda: float) -> list[float]:
-    """The energies with the mean and the biased variance of the other neurons."""
+    """Compute the energies with the mean and the biased variance of the other neurons."""
     if len(channel) == 1:
         return [2.0]
     energies = []
     for index in range(len(channel)):
-        t, centre, spread = _others(channel, index, e_lambda)
-        energies.append(float(4 * spread / ((t - centre) ** 2 + 2 * spread)))
+        t, mu, v = _leave_out(channel, index, e_lambda)
+        energies.append(float(4 * v / ((t - mu) ** 2 + 2 * v)))
     return energies
 
 
@@ -46,31 +43,32 @@ ENERGY = {"shared": shared, "leave_one_out": leave_one_out}
 
 
 def gate(energies: Tensor) -> Tensor:
+    """Compute sigmoid(1 / e*)."""
     return torch.sigmoid(1 / energies)
 
 
-def definition(
+def energy_function(
     w: Fraction, b: Fraction, channel: list[float], index: int, e_lambda: float
 ) -> Fraction:
-    """The energy e_t(w, b) of one neuron, exactly."""
+    """Compute the energy e_t(w, b) of one neuron exactly, from its definition."""
     t, *others = map(Fraction, [channel[index], *channel[:index], *channel[index + 1 :]])
     misfit = mean((-1 - (w * x + b)) ** 2 for x in others)
     return misfit + (1 - (w * t + b)) ** 2 + Fraction(e_lambda) * w**2
 
 
 def minimiser(channel: list[float], index: int, e_lambda: float) -> tuple[Fraction, Fraction]:
-    """The closed form of the (w, b) that minimises a neuron's energy, exactly."""
-    t, centre, spread = _others(channel, index, e_lambda)
-    w = 2 * (t - centre) / ((t - centre) ** 2 + 2 * spread)
-    return w, -(t + centre) * w / 2
+    """Compute the (w, b) that minimises a neuron's energy exactly, from its closed form."""
+    t, mu, v = _leave_out(channel, index, e_lambda)
+    w = 2 * (t - mu) / ((t - mu) ** 2 + 2 * v)
+    return w, -(t + mu) * w / 2
 
 
 def brute_force(channel: list[float], index: int, e_lambda: float) -> tuple[float, float, float]:
-    """The (w, b) that minimises a neuron's energy and the minimum, by least squares.
+    """Compute the (w, b) that minimises a neuron's energy, and the minimum, by least squares.
 
-    The origin and the units are free, since b absorbs the one and w and lambda the other. Taken
-    at the channel's mean and at the columns' norms they leave a well-conditioned system at
-    every offset, scale and lambda; in the given units float64 would not see the small column.
+    The system is centred at the channel's mean, which b absorbs, and its columns are divided by
+    their norms, which w and lambda absorb. So it is well-conditioned for every offset, scale and
+    lambda. In the given units, the smaller column would be lost in the rounding of float64.
     """
     origin = float(mean(channel))
     rows = [[x - origin, 1.0] for x in channel] + [[math.sqrt(e_lambda), 0.0]]
@@ -88,19 +86,39 @@ def brute_force(channel: list[float], index: int, e_lambda: float) -> tuple[floa
     return w, b - w * origin, float(energy)
 
 
+def shared_gradient(channel: list[float], grad_output: list[float], e_lambda: float) -> list[float]:
+    """Compute the gradient of the shared form with respect to one channel, by plain loops."""
+    positions = len(channel)
+    mu = mean(map(Fraction, channel))
+    deviations = [float(Fraction(x) - mu) for x in channel]
+    m_minus_1 = max(1, positions - 1)
+    q = 1 / (4 * (math.fsum(d * d for d in deviations) / m_minus_1 + e_lambda))
+    gates = [1 / (1 + math.exp(-(d * d * q + 0.5))) for d in deviations]
+    terms = [g * x * s * (1 - s) for g, x, s in zip(grad_output, channel, gates, strict=True)]
+    a = math.fsum(t * d * d for t, d in zip(terms, deviations, strict=True))
+    b = math.fsum(t * d for t, d in zip(terms, deviations, strict=True))
+    return [
+        g * s + 2 * q * (t * d - b / positions) - 8 * q * q * a / m_minus_1 * d
+        for g, s, t, d in zip(grad_output, gates, terms, deviations, strict=True)
+    ]
+
+
 def rounding(dtype: torch.dtype) -> float:
-    """The relative error to allow in a result: that of its arithmetic and of its last step."""
+    """Return the relative error to allow: that of the arithmetic, and of rounding to dtype."""
     half = dtype in (torch.float16, torch.bfloat16)
     return working_rounding(dtype) + half * torch.finfo(dtype).eps / 2
 
 
 def working_rounding(dtype: torch.dtype) -> float:
-    """A dozen roundings, few of them in the same direction, in float32 or float64."""
+    """Return the relative error to allow in the float32 or float64 arithmetic behind dtype.
+
+    The arithmetic has a dozen roundings, few of them in the same direction.
+    """
     return 8 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
 def assert_close(actual: Tensor, expected: Tensor, absolute: float = 0.0) -> None:
-    """Equal but for the rounding of actual's dtype, and an absolute error where one is due."""
+    """Assert equality up to the rounding of actual's dtype, or up to an absolute error."""
     info = torch.finfo(actual.dtype)
     torch.testing.assert_close(
         actual.detach().double().cpu(),
@@ -110,26 +128,9 @@ def assert_close(actual: Tensor, expected: Tensor, absolute: float = 0.0) -> Non
     )
 
 
-def _others(
+def _leave_out(
     channel: list[float], index: int, e_lambda: float
 ) -> tuple[Fraction, Fraction, Fraction]:
-    """t, and of the other neurons the mean and the biased variance, plus lambda."""
+    """Return t, and the mean and the biased variance plus lambda of the other neurons."""
     others = [Fraction(value) for value in channel[:index] + channel[index + 1 :]]
     return Fraction(channel[index]), mean(others), pvariance(others) + Fraction(e_lambda)
-
-
-def shared_gradient(channel: list[float], pull: list[float], e_lambda: float) -> list[float]:
-    """The gradient of the shared form for one channel, pulled back from that of its output."""
-    positions = len(channel)
-    centre = mean(map(Fraction, channel))
-    deviations = [float(Fraction(x) - centre) for x in channel]
-    others = max(1, positions - 1)
-    q = 1 / (4 * (math.fsum(d * d for d in deviations) / others + e_lambda))
-    gates = [1 / (1 + math.exp(-(d * d * q + 0.5))) for d in deviations]
-    terms = [g * x * s * (1 - s) for g, x, s in zip(pull, channel, gates, strict=True)]
-    a = math.fsum(t * d * d for t, d in zip(terms, deviations, strict=True))
-    b = math.fsum(t * d for t, d in zip(terms, deviations, strict=True))
-    return [
-        g * s + 2 * q * (t * d - b / positions) - 8 * q * q * a / others * d
-        for g, s, t, d in zip(pull, gates, terms, deviations, strict=True)
-    ]

@@ -1,4 +1,4 @@
-"""Feature maps for hypothesis to draw."""
+"""Hypothesis strategies for feature maps."""
 
 import math
 
@@ -11,10 +11,10 @@ SCALES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3, 1e6)
 KINDS = ("normal", "outlier", "signs", "constant")
 LAYOUTS = ("contiguous", "permuted", "sliced", "expanded")
 
-# Spread evenly over the decades: what lambda is to the variance is what matters.
+# Log-uniform, because the ratio of lambda to the variance matters.
 lambdas = st.floats(-8, 1).map(lambda power: 10.0**power)
 
-# Ranks 3 to 6 of the map. Small, since the oracles loop over pairs of neurons.
+# Maps of rank 3 to 6. They are small, because the oracles loop over pairs of neurons.
 spatial_sizes = st.one_of(
     st.lists(st.integers(1, 7), min_size=1, max_size=2),
     st.lists(st.integers(1, 3), min_size=3, max_size=4),
@@ -31,7 +31,7 @@ def maps(
     layouts: tuple[str, ...] = LAYOUTS,
     min_positions: int = 1,
 ) -> Tensor:
-    """A map on the CPU, of deviations times a scale around an offset times that scale."""
+    """Draw a map on the CPU: scale * (deviations + offset)."""
     sizes = draw(spatial_sizes.filter(lambda sizes: math.prod(sizes) >= min_positions))
     shape = [draw(st.integers(1, 2)), draw(st.integers(1, 3)), *sizes]
     dtype = draw(st.sampled_from(dtypes))
@@ -43,13 +43,13 @@ def maps(
 
 @st.composite
 def integer_maps(draw: st.DrawFn, min_positions: int = 1) -> Tensor:
-    """Maps of small integers, which leave room to move and to scale them without rounding."""
+    """Draw a map of small integers, which can be shifted and scaled without rounding."""
     x = draw(maps(scales=(8.0,), offsets=(0.0,), min_positions=min_positions))
     return x.round()
 
 
-def place(x: Tensor, device: torch.device) -> Tensor:
-    """x on a device with its strides, which `Tensor.to` drops where they overlap or skip."""
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy x to a device with its strides; `Tensor.to` changes those of sliced or expanded x."""
     length = x.untyped_storage().nbytes() // x.element_size()
     storage = x.as_strided((length,), (1,), 0).to(device)
     return storage.as_strided(x.shape, x.stride(), x.storage_offset())
@@ -63,7 +63,7 @@ def _deviations(kind: str, shape: list[int], seed: int) -> Tensor:
         return normal.sign()
     flat = torch.zeros_like(normal).flatten(2)
     if kind == "outlier":
-        # The other neurons have no variance at all, which leave-one-out finds by cancellation.
+        # The other neurons have no variance, which leave-one-out computes by cancellation.
         flat[..., seed % flat.shape[2]] = normal.flatten(2)[..., 0]
     return flat.reshape(shape)
 

@@ -143,8 +143,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_forward_and_backward_in_every_layout(layout: str) -> None:
     x = LAYOUTS[layout](normal(2, 3, 4, 6)).float().to(DEVICE)
-    for dy in (normal(*x.shape, seed=1), lay_out(normal(*x.shape, seed=1), True)):
-        check(gpu, x, dy.float().to(DEVICE), 0.1, "shared")
+    for grad_output in (normal(*x.shape, seed=1), lay_out(normal(*x.shape, seed=1), True)):
+        check(gpu, x, grad_output.float().to(DEVICE), 0.1, "shared")
 
 
 @runs_kernels
@@ -161,14 +161,14 @@ def test_forward_and_backward_keep_nan_and_inf_in_their_channel(
 ) -> None:
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         x = lay_out(x, channels_last).to(DEVICE)
-        return gpu.forward(x, 0.1, "shared"), gpu.backward(dy, x, 0.1, "shared")
+        return gpu.forward(x, 0.1, "shared"), gpu.backward(grad_output, x, 0.1, "shared")
 
     for config in (
         TileConfig(True, 4, 32, 1),
         TileConfig(False, 4, 8, 1, 3 // num_splits, num_splits),
     ):
         monkeypatch.setattr(gpu, "choose_config", lambda *_, config=config: config)
-        x, dy = normal(2, 5, 23).to(dtype), normal(2, 5, 23, seed=1).to(dtype).to(DEVICE)
+        x, grad_output = normal(2, 5, 23).to(dtype), normal(2, 5, 23, seed=1).to(dtype).to(DEVICE)
         clean = run(x)
         x[1, 1, 7] = poison
         for before, after in zip(clean, run(x), strict=True):
@@ -298,6 +298,27 @@ def test_choose_config_of_well_known_sizes() -> None:
     assert gpu.choose_config(1, 2000, 2**20, 4, False, False, 132).num_splits == 1
 
 
+# The largest M of each BLOCK_C, as in the table of kernels/README.md.
+@pytest.mark.parametrize(
+    ("element_size", "backward", "limits"),
+    [
+        (4, False, {32: 512, 16: 1024, 8: 4096}),
+        (4, True, {32: 512, 16: 1024, 8: 2048}),
+        (2, False, {64: 256, 32: 512, 16: 2048}),
+        (2, True, {64: 256, 32: 512, 16: 1024}),
+    ],
+)
+def test_choose_config_limits_of_channels_last(
+    element_size: int, backward: bool, limits: dict[int, int]
+) -> None:
+    for block_c, positions in limits.items():
+        config = gpu.choose_config(32, 512, positions, element_size, True, backward, 132)
+        assert config[:2] == (True, block_c)
+        config = gpu.choose_config(32, 512, positions + 1, element_size, True, backward, 132)
+        assert config[:2] != (True, block_c)
+    assert not config.single_pass
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 class TestGPU:
@@ -367,7 +388,7 @@ def compare(
     shape: tuple[int, ...], channels_last: bool, statistics: str, dtype: torch.dtype
 ) -> None:
     x = lay_out(normal(*shape), channels_last).to(dtype).to(DEVICE)
-    dy = normal(*shape, seed=1).to(dtype).to(DEVICE)
+    grad_output = normal(*shape, seed=1).to(dtype).to(DEVICE)
     # The interpreter truncates when it converts to bfloat16.
     truncates = INTERPRETED and dtype == torch.bfloat16
-    check(gpu, x, dy, 1e-4, statistics, truncates=truncates)
+    check(gpu, x, grad_output, 1e-4, statistics, truncates=truncates)

@@ -1,4 +1,4 @@
-"""torch.compile, torch.export, scripted and traced modules, at sizes they have not seen."""
+"""torch.compile, torch.export, torch.jit.script and torch.jit.trace, with other sizes."""
 
 import os
 import shutil
@@ -15,21 +15,19 @@ from simam import functional as F
 
 STATISTICS = ("shared", "leave_one_out")
 
+each_implementation = pytest.mark.usefixtures("implementation")
 both_statistics = pytest.mark.parametrize("statistics", STATISTICS)
 
-# torch deprecates TorchScript, while people still ship scripted and traced models, and its own
-# compiler still imports scripted functions.
-pytestmark = [
-    pytest.mark.usefixtures("implementation"),
-    pytest.mark.filterwarnings(
-        r"ignore:`torch\.jit\.\w+` is deprecated:FutureWarning",
-        r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning",
-    ),
-]
+# torch deprecates TorchScript, but people still ship scripted and traced models, and torch.compile
+# imports scripted functions.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:`torch\.jit\.\w+` is deprecated:FutureWarning",
+    r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning",
+)
 
 
 class Block(nn.Module):
-    """A layer where it is used: after a convolution, before a norm."""
+    """The layer in its usual place: after a convolution and before a norm."""
 
     def __init__(self, statistics: str) -> None:
         super().__init__()
@@ -41,23 +39,25 @@ class Block(nn.Module):
         return self.norm(self.attention(self.conv(x)))
 
 
+@each_implementation
 @both_statistics
-def test_compile_takes_one_graph_for_every_size(statistics: str, device: torch.device) -> None:
+def test_SimAM_compiles_to_one_graph_for_every_size(statistics: str, device: torch.device) -> None:
     torch._dynamo.reset()
     layer = SimAM(e_lambda=0.1, statistics=statistics)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
     check(compiled, layer, normal(2, 3, 4, 5).to(device))
-    # The compiler may start anew within the first call, to take lambda for a constant.
+    # The first call may compile twice, the second time with lambda as a constant.
     graphs = counter.frame_count
     for shape in [(3, 2, 7, 6), (5, 4, 3, 2)]:
         check(compiled, layer, normal(*shape).to(device))
     assert counter.frame_count == graphs
-    # torch compiles sizes of 1 anew.
+    # torch always recompiles for sizes of 1.
     check(compiled, layer, normal(2, 3, 1, 1).to(device))
 
 
-def test_compile_takes_lambda_as_an_input(device: torch.device) -> None:
+@each_implementation
+def test_simam_compiled_accepts_other_lambdas(device: torch.device) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(F.simam, backend="aot_eager", fullgraph=True, dynamic=True)
     x = normal(2, 3, 4, 5).to(device)
@@ -65,17 +65,18 @@ def test_compile_takes_lambda_as_an_input(device: torch.device) -> None:
         torch.testing.assert_close(compiled(x, e_lambda), F.simam(x, e_lambda))
 
 
-def test_symbolic_trace_keeps_the_layer_as_one_node(device: torch.device) -> None:
+@each_implementation
+def test_SimAM_is_one_node_in_an_fx_graph(device: torch.device) -> None:
     block = Block("leave_one_out").to(device)
     traced = torch.fx.symbolic_trace(block)
     called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
-    assert called == [F.scale]
+    assert called == [F.simam_forward]
     x = normal(2, 3, 5, 6).to(device)
     assert torch.equal(traced(x), block(x))
 
 
 @both_statistics
-def test_compiled_functions(statistics: str, device: torch.device) -> None:
+def test_attention_and_energy_compile(statistics: str, device: torch.device) -> None:
     for function in (F.attention, F.energy):
         torch._dynamo.reset()
         compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -85,11 +86,12 @@ def test_compiled_functions(statistics: str, device: torch.device) -> None:
             torch.testing.assert_close(compiled(x, 0.1, statistics=statistics), expected)
 
 
+@each_implementation
 @pytest.mark.skipif(
     not any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"])),
     reason="the default backend needs a C++ compiler",
 )
-def test_compile_with_the_default_backend(device: torch.device) -> None:
+def test_SimAM_compiles_with_the_default_backend(device: torch.device) -> None:
     torch._dynamo.reset()
     layer = SimAM(e_lambda=0.1)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
@@ -97,23 +99,25 @@ def test_compile_with_the_default_backend(device: torch.device) -> None:
         check(compiled, layer, normal(*shape).to(device))
 
 
+@each_implementation
 @both_statistics
-def test_export_with_dynamic_batch_and_size(statistics: str, device: torch.device) -> None:
+def test_SimAM_exports_with_dynamic_batch_and_size(statistics: str, device: torch.device) -> None:
     layer = SimAM(e_lambda=0.1, statistics=statistics)
     sizes = {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}
     program = export(layer, (normal(2, 3, 4, 5).to(device),), dynamic_shapes=(sizes,))
     targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
     ops = {target for target in targets if isinstance(target, torch._ops.OpOverload)}
     assert {op.namespace for op in ops} == {"aten"}
-    # What remains is the arithmetic of sizes.
+    # The rest is arithmetic on sizes.
     assert {function.__module__ for function in targets - ops} == {"_operator"}
     for shape in [(1, 3, 4, 5), (3, 3, 7, 6), (2, 3, 1, 1), (1, 3, 1, 9)]:
         x = normal(*shape).to(device)
         torch.testing.assert_close(program.module()(x), layer(x))
 
 
+@each_implementation
 @both_statistics
-def test_export_within_a_network(statistics: str) -> None:
+def test_SimAM_exports_within_a_network(statistics: str) -> None:
     network = Block(statistics).eval()
     sizes = {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}
     program = export(network, (normal(2, 3, 4, 5),), dynamic_shapes=(sizes,))
@@ -122,17 +126,21 @@ def test_export_within_a_network(statistics: str) -> None:
         torch.testing.assert_close(program.module()(x), network(x))
 
 
+@each_implementation
 @both_statistics
 @pytest.mark.parametrize("network", [lambda s: SimAM(3, 0.1, statistics=s), Block])
-def test_script(network: Callable[[str], nn.Module], statistics: str, device: torch.device) -> None:
+def test_SimAM_scripted_values(
+    network: Callable[[str], nn.Module], statistics: str, device: torch.device
+) -> None:
     network = network(statistics).to(device)
     scripted = torch.jit.script(network)
     for shape in [(2, 3, 4, 5), (3, 3, 7, 6), (2, 3, 1, 1)]:
         check(scripted, network, normal(*shape).to(device))
 
 
+@each_implementation
 @both_statistics
-def test_script_takes_every_rank_and_dtype(statistics: str, device: torch.device) -> None:
+def test_SimAM_scripted_accepts_every_rank_and_dtype(statistics: str, device: torch.device) -> None:
     layer = SimAM(e_lambda=0.1, statistics=statistics)
     scripted = torch.jit.script(layer)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -143,7 +151,7 @@ def test_script_takes_every_rank_and_dtype(statistics: str, device: torch.device
             torch.testing.assert_close(output, layer(x))
 
 
-def test_script_refuses_what_the_layer_refuses() -> None:
+def test_SimAM_scripted_refuses_the_inputs_that_SimAM_refuses() -> None:
     scripted = torch.jit.script(SimAM())
     for x, message in [
         (torch.ones(4, 5), r"ValueError: x must have shape \(N, C, \*spatial\), got \[4, 5\]"),
@@ -154,42 +162,43 @@ def test_script_refuses_what_the_layer_refuses() -> None:
             scripted(x)
 
 
+@each_implementation
 @both_statistics
 @pytest.mark.parametrize("network", [lambda s: SimAM(3, 0.1, statistics=s), Block])
 @pytest.mark.parametrize(
-    "seen",
+    "traced_shape",
     [
         (2, 3, 4, 5),
-        (2, 3, 1, 1),  # where a branch on M = 1 would be frozen
+        (2, 3, 1, 1),  # a branch on M = 1 would be fixed in the graph
     ],
 )
-def test_trace_generalises(
+def test_SimAM_traced_generalises_to_other_sizes(
     network: Callable[[str], nn.Module],
     statistics: str,
-    seen: tuple[int, ...],
+    traced_shape: tuple[int, ...],
     device: torch.device,
 ) -> None:
     network = network(statistics).to(device).eval()
-    traced = torch.jit.trace(network, normal(*seen).to(device))
+    traced = torch.jit.trace(network, normal(*traced_shape).to(device))
     for shape in [(2, 3, 4, 5), (3, 3, 7, 6), (2, 3, 1, 1), (1, 3, 1, 9)]:
         check(traced, network, normal(*shape).to(device))
 
 
 def check(transformed: nn.Module, module: nn.Module, x: Tensor) -> None:
-    """The same output, and the same gradient of a random cotangent."""
-    cotangent = None
+    """Assert equal outputs, and equal gradients for a random gradient of the output."""
+    grad_output = None
     results = []
     for function in (module, transformed):
         leaf = x.clone().requires_grad_()
         output = function(leaf)
-        if cotangent is None:
-            cotangent = normal(*output.shape, seed=1).to(output)
-        (gradient,) = torch.autograd.grad(output, leaf, cotangent)
+        if grad_output is None:
+            grad_output = normal(*output.shape, seed=1).to(output)
+        (gradient,) = torch.autograd.grad(output, leaf, grad_output)
         results.append((output.detach(), gradient))
     torch.testing.assert_close(results[1], results[0])
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    # A gradient through a norm is ill-conditioned, and the two sides may add in another order.
+    # Float64, because a gradient through a norm is ill-conditioned, and sums may differ in order.
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""`import simam` brings torch and nothing that is optional."""
+"""`import simam` imports no optional package."""
 
 import subprocess
 import sys
@@ -9,23 +9,23 @@ import pytest
 OPTIONAL = ("timm", "torchvision", "matplotlib", "triton")
 
 
-def brought_by(statement: str) -> set[str]:
-    """The optional packages that a fresh interpreter holds after a statement."""
+def imported_by(statement: str) -> set[str]:
+    """Return the optional packages that a statement imports in a fresh interpreter."""
     program = f"import sys; {statement}; print(*(sys.modules.keys() & set({OPTIONAL!r})))"
     command = [sys.executable, "-c", program]
     return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
 
 
-def test_import_brings_nothing_optional() -> None:
-    # torch itself imports some of them in some versions, where they are installed.
-    assert brought_by("import simam") <= brought_by("import torch")
+def test_import_loads_no_optional_package() -> None:
+    # Some versions of torch import some of them where they are installed.
+    assert imported_by("import simam") <= imported_by("import torch")
 
 
 @pytest.mark.parametrize("package", OPTIONAL)
-def test_an_optional_import_is_seen(
+def test_import_check_sees_an_optional_package(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A stand-in, so that the check does not hang on what is installed.
+    # An empty module, so that the test does not depend on what is installed.
     (tmp_path / f"{package}.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert brought_by(f"import {package}") == {package}
+    assert imported_by(f"import {package}") == {package}

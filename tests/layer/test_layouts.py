@@ -1,4 +1,4 @@
-"""Layouts: any strides give the values of the contiguous clone, dense ones are kept."""
+"""Layouts: values do not depend on strides, and dense strides are kept."""
 
 import itertools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simam import functional as F
 from tests.helpers.oracles import assert_close
-from tests.helpers.strategies import DTYPES, lambdas, maps, place
+from tests.helpers.strategies import DTYPES, lambdas, maps, to_device
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -25,14 +25,14 @@ STATISTICS = ("shared", "leave_one_out")
     function=st.sampled_from((F.simam, F.attention)),
     statistics=st.sampled_from(STATISTICS),
 )
-def test_values_do_not_depend_on_strides(
+def test_functional_values_do_not_depend_on_strides(
     x: Tensor,
     e_lambda: float,
     function: Callable[..., Tensor],
     statistics: str,
     device: torch.device,
 ) -> None:
-    x = place(x, device)
+    x = to_device(x, device)
     clone = x.clone(memory_format=torch.contiguous_format)
     expected = function(clone, e_lambda, statistics=statistics)
     assert_close(function(x, e_lambda, statistics=statistics), expected)
@@ -42,7 +42,7 @@ def test_values_do_not_depend_on_strides(
 @pytest.mark.parametrize("statistics", STATISTICS)
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 4, 5), (2, 3, 4, 5, 6)])
-def test_dense_layouts_keep_their_strides(
+def test_functional_keeps_the_strides_of_dense_inputs(
     function: Callable[..., Tensor],
     statistics: str,
     dtype: torch.dtype,
@@ -62,14 +62,14 @@ def test_dense_layouts_keep_their_strides(
     [
         ((2, 3, 4, 5), torch.channels_last),
         ((1, 3, 4, 5), torch.channels_last),  # one sample
-        ((2, 1, 4, 5), torch.channels_last),  # one channel: contiguous as well
-        ((2, 3, 1, 1), torch.channels_last),  # one position: contiguous as well
+        ((2, 1, 4, 5), torch.channels_last),  # one channel: also contiguous
+        ((2, 3, 1, 1), torch.channels_last),  # one position: also contiguous
         ((2, 3, 1, 5), torch.channels_last),
         ((2, 3, 4, 5, 6), torch.channels_last_3d),
         ((1, 3, 4, 1, 6), torch.channels_last_3d),
     ],
 )
-def test_channels_last_stays(
+def test_functional_keeps_channels_last(
     function: Callable[..., Tensor],
     shape: tuple[int, ...],
     memory_format: torch.memory_format,
@@ -78,7 +78,7 @@ def test_channels_last_stays(
     x = torch.ones(shape, device=device).to(memory_format=memory_format)
     x.requires_grad_()
     output = function(x)
-    # The stride of a dimension of one is arbitrary: no element lies that far away.
+    # is_contiguous ignores the arbitrary stride of a dimension of size 1.
     assert output.is_contiguous(memory_format=memory_format)
     (gradient,) = torch.autograd.grad(output, x, torch.ones_like(output))
     assert gradient.is_contiguous(memory_format=memory_format)

@@ -1,4 +1,4 @@
-"""The operators: what torch asks of them, when they run, and what reaches them."""
+"""The operators: torch's requirements, when they run, and what reaches them."""
 
 from collections.abc import Callable
 
@@ -28,10 +28,9 @@ LAYOUTS = {
 
 pytestmark = [
     pytest.mark.skipif(
-        bool(kernels.cpu.unavailable_reason),
-        reason=kernels.cpu.unavailable_reason or "it is there",
+        bool(kernels.cpu.unavailable_reason), reason=kernels.cpu.unavailable_reason or "it is there"
     ),
-    # The first forward-mode derivative scripts the formulas that torch keeps for it.
+    # The first forward-mode derivative makes torch script its own formulas.
     pytest.mark.filterwarnings(
         r"ignore:`torch\.jit\.\w+` is deprecated:FutureWarning",
         r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning",
@@ -45,17 +44,17 @@ every_dtype = pytest.mark.parametrize(
 
 
 class Calls(TorchDispatchMode):
-    """The operators of simam that run, and whether any of torch's takes part in the arithmetic."""
+    """Record the operators of simam that run, and whether torch operators do arithmetic."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ours: list[str] = []
+        self.simam: list[str] = []
         self.arithmetic = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         namespace, name = function.name().split("::")
         if namespace == "simam":
-            self.ours.append(name)
+            self.simam.append(name)
         self.arithmetic |= name.split(".")[0] in ("mean", "sum", "sigmoid")
         return function(*args, **(kwargs or {}))
 
@@ -63,25 +62,27 @@ class Calls(TorchDispatchMode):
 @every_layout
 @both_statistics
 @every_dtype
-def test_opcheck(layout: str, statistics: str, dtype: torch.dtype) -> None:
+def test_forward_op_and_backward_op_pass_opcheck(
+    layout: str, statistics: str, dtype: torch.dtype
+) -> None:
     x = LAYOUTS[layout](normal(2, 3, 4, 5)).to(dtype)
-    grad = normal(*x.shape, seed=1).to(dtype)
+    grad_output = normal(*x.shape, seed=1).to(dtype)
     torch.library.opcheck(torch.ops.simam.forward, (x, 0.1, statistics))
-    torch.library.opcheck(torch.ops.simam.backward, (grad, x, 0.1, statistics))
+    torch.library.opcheck(torch.ops.simam.backward, (grad_output, x, 0.1, statistics))
 
 
-def test_the_operators_run_and_nothing_else() -> None:
+def test_simam_runs_the_operators_and_nothing_else() -> None:
     x = normal(2, 3, 4, 5).float().requires_grad_()
     with Calls() as calls:
         output = F.simam(x, 0.1)
         output.backward(torch.ones_like(output))
-    assert calls.ours == ["forward", "backward"]
+    assert calls.simam == ["forward", "backward"]
     assert not calls.arithmetic
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The calls of the compiled library."""
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record the calls of the compiled library."""
     calls = []
     library = kernels.cpu._library
 
@@ -100,31 +101,31 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @every_layout
 @every_dtype
-def test_the_kernel_runs(layout: str, dtype: torch.dtype, runs: list[str]) -> None:
+def test_SimAM_runs_the_kernel(layout: str, dtype: torch.dtype, kernel_calls: list[str]) -> None:
     x = LAYOUTS[layout](normal(2, 3, 4, 5).to(dtype)).requires_grad_()
     output = SimAM()(x)
-    assert runs == ["forward"]
+    assert kernel_calls == ["forward"]
     output.backward(torch.ones_like(output))
-    assert runs == ["forward", "backward"]
+    assert kernel_calls == ["forward", "backward"]
 
 
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12),
-    reason="this torch cannot tell export from compilation, so both run the reference",
+    reason="this torch does not distinguish export from compilation; both run the reference",
 )
 @pytest.mark.parametrize("train", [False, True])
-def test_compiled_code_runs_the_kernel(train: bool, runs: list[str]) -> None:
+def test_SimAM_compiled_runs_the_kernel(train: bool, kernel_calls: list[str]) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(SimAM(e_lambda=0.1), backend="aot_eager", fullgraph=True)
     x = normal(2, 3, 4, 5).requires_grad_(train)
     output = compiled(x)
     if train:
         output.backward(torch.ones_like(output))
-    assert runs == ["forward", "backward"][: 1 + train]
+    assert kernel_calls == ["forward", "backward"][: 1 + train]
     torch.testing.assert_close(output, SimAM(e_lambda=0.1)(x))
 
 
-def test_the_input_alone_is_saved() -> None:
+def test_simam_saves_only_the_input() -> None:
     x = normal(2, 3, 4, 5).requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
@@ -142,9 +143,9 @@ def with_tangents(x: Tensor) -> None:
         F.simam(x)
 
 
-COMPOSITE = {
+REFERENCE = {
     "a subclass": lambda x: F.simam(x.as_subclass(Named)),
-    "without values": lambda x: F.simam(x.to("meta")),
+    "meta": lambda x: F.simam(x.to("meta")),
     "forward mode": with_tangents,
     "vmap": torch.func.vmap(F.simam),
     "func.grad": torch.func.grad(lambda x: F.simam(x).sum()),
@@ -152,22 +153,22 @@ COMPOSITE = {
 }
 
 
-@pytest.mark.parametrize("case", COMPOSITE)
-def test_what_the_composite_takes(case: str) -> None:
+@pytest.mark.parametrize("case", REFERENCE)
+def test_simam_runs_the_reference(case: str) -> None:
     with Calls() as calls:
-        COMPOSITE[case](normal(2, 3, 4, 5, 6))
-    assert calls.ours == []
+        REFERENCE[case](normal(2, 3, 4, 5, 6))
+    assert calls.simam == []
     assert calls.arithmetic
 
 
-def test_a_parameter_takes_the_operator() -> None:
+def test_simam_of_a_parameter_runs_the_operator() -> None:
     with Calls() as calls:
         F.simam(nn.Parameter(normal(2, 3, 4, 5)))
-    assert calls.ours == ["forward"]
+    assert calls.simam == ["forward"]
 
 
-def test_a_negated_view_is_negated() -> None:
-    # Its memory holds the opposite numbers, which torch undoes before the operator.
+def test_simam_of_a_negated_view() -> None:
+    # Its memory holds the opposite signs; torch resolves the view before the operator.
     x = torch.complex(normal(2, 3, 4, 5), normal(2, 3, 4, 5, seed=1)).conj().imag
     assert x.is_neg()
     assert_close(F.simam(x, 0.1), reference.forward(x.clone(), 0.1, "shared"))
@@ -187,41 +188,43 @@ GRADIENTS = {
 
 @every_layout
 @pytest.mark.parametrize("consumer", GRADIENTS)
-def test_gradient_that_arrives_in_any_layout(layout: str, consumer: str) -> None:
-    leaf, reference = (normal(2, 3, 4, 5).requires_grad_() for _ in range(2))
-    ours = GRADIENTS[consumer](F.simam(LAYOUTS[layout](leaf), 0.1))
-    theirs = GRADIENTS[consumer](reference.forward(LAYOUTS[layout](reference), 0.1, "shared"))
-    pull = normal(*theirs.shape, seed=2)
-    (actual,) = torch.autograd.grad(ours, leaf, pull)
-    (expected,) = torch.autograd.grad(theirs, reference, pull)
-    torch.testing.assert_close(actual, expected)
+def test_simam_gradient_accepts_any_layout(layout: str, consumer: str) -> None:
+    gradients = []
+    for function in (lambda x: F.simam(x, 0.1), lambda x: reference.forward(x, 0.1, "shared")):
+        leaf = normal(2, 3, 4, 5).requires_grad_()
+        output = GRADIENTS[consumer](function(LAYOUTS[layout](leaf)))
+        grad_output = normal(*output.shape, seed=2)
+        gradients += torch.autograd.grad(output, leaf, grad_output)
+    torch.testing.assert_close(*gradients)
 
 
 @both_statistics
-def test_double_backward_by_value(statistics: str) -> None:
+def test_simam_double_backward_values(statistics: str) -> None:
     def penalty(function: Callable[..., Tensor]) -> Tensor:
         x = normal(2, 3, 4, 5).requires_grad_()
         output = function(x, 0.1, statistics)
-        (gradient,) = torch.autograd.grad(output, x, pull, create_graph=True)
+        (gradient,) = torch.autograd.grad(output, x, grad_output, create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), x)[0]
 
-    pull = normal(2, 3, 4, 5, seed=1)
+    grad_output = normal(2, 3, 4, 5, seed=1)
     with Calls() as calls:
-        actual = penalty(F.scale)
-    assert calls.ours == ["forward"]
+        actual = penalty(F.simam_forward)
+    assert calls.simam == ["forward"]
     torch.testing.assert_close(actual, penalty(reference.forward))
 
 
-def test_forward_mode_over_the_gradient_by_value() -> None:
+def test_simam_forward_mode_over_the_gradient_values() -> None:
     def tangent(function: Callable[..., Tensor]) -> Tensor:
         x = normal(2, 3, 4, 5).requires_grad_()
         output = function(x, 0.1, "shared")
         with forward_ad.dual_level():
-            pull = forward_ad.make_dual(normal(2, 3, 4, 5, seed=1), normal(2, 3, 4, 5, seed=2))
-            (gradient,) = torch.autograd.grad(output, x, pull)
+            grad_output = forward_ad.make_dual(
+                normal(2, 3, 4, 5, seed=1), normal(2, 3, 4, 5, seed=2)
+            )
+            (gradient,) = torch.autograd.grad(output, x, grad_output)
             return forward_ad.unpack_dual(gradient).tangent
 
-    torch.testing.assert_close(tangent(F.scale), tangent(reference.forward))
+    torch.testing.assert_close(tangent(F.simam_forward), tangent(reference.forward))
 
 
 COMPILED = {
@@ -234,18 +237,18 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("transform", COMPILED)
-def test_compiled_transforms_by_value(transform: str) -> None:
-    def ours(x: Tensor, v: Tensor) -> Tensor:
+def test_simam_compiled_transforms_values(transform: str) -> None:
+    def transformed(x: Tensor, v: Tensor) -> Tensor:
         return COMPILED[transform](lambda x: F.simam(x, 0.1), x, v)
 
     torch._dynamo.reset()
     x, v = normal(2, 2, 3, 2), normal(2, 2, 3, 2, seed=1)
     expected = COMPILED[transform](lambda x: reference.forward(x, 0.1, "shared"), x, v)
-    actual = torch.compile(ours, backend="aot_eager", fullgraph=True)(x, v)
+    actual = torch.compile(transformed, backend="aot_eager", fullgraph=True)(x, v)
     torch.testing.assert_close(actual, expected)
 
 
-def test_exported_graphs_hold_torch_alone() -> None:
+def test_SimAM_exported_graph_holds_only_aten() -> None:
     for strict in (False, True):
         program = torch.export.export(SimAM().eval(), (normal(2, 3, 4, 5),), strict=strict)
         called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
@@ -253,7 +256,7 @@ def test_exported_graphs_hold_torch_alone() -> None:
         assert all(name.startswith("aten.") for name in called)
 
 
-def test_scripted_and_traced_graphs_hold_torch_alone() -> None:
+def test_SimAM_scripted_and_traced_graphs_hold_only_aten() -> None:
     for module in (torch.jit.script(SimAM()), torch.jit.trace(SimAM(), normal(2, 3, 4, 5))):
         graph = str(module.inlined_graph)
         assert "aten::sigmoid" in graph

@@ -238,7 +238,7 @@ def _find_unavailable_reason() -> str:
     if torch.version.cuda is None:  # includes torch for AMD GPUs, where no kernel was tested
         return "this torch is built without CUDA"
     if find_spec("triton") is None:
-        return "Triton, which torch brings along on Linux, is not installed; install triton"
+        return "Triton is not installed; install triton, which torch for Linux depends on"
     return ""
 
 
