@@ -1,4 +1,4 @@
-"""Hypothesis profiles, and the devices and implementations that every test of numbers runs on."""
+"""Hypothesis profiles, and the devices and implementations that tests of numbers run on."""
 
 import os
 from collections.abc import Iterator
@@ -10,31 +10,35 @@ from hypothesis import settings
 from simam import kernels
 from simam.kernels import cpu, gpu
 
-# The first example on a device also pays for its start, so no example has a deadline.
+# The first example on a device includes its initialisation, so examples have no deadline.
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
-# On a busy machine, threads that wait for each other at every layer take many times as long.
+# On a busy machine, threads that wait for each other in every layer are many times slower.
 torch.set_num_threads(1)
 
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
-# One for the session: hypothesis runs many examples in one call of a test.
-@pytest.fixture(scope="session", params=["cpu"] + ["cuda"] * torch.cuda.is_available())
+
+# Session scope, because hypothesis runs many examples in one call of a test.
+@pytest.fixture(scope="session", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
 @pytest.fixture(scope="module", params=["kernel", "reference"])
 def implementation(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
-    """What computes the layer where both could: the fused kernel, or plain torch operations."""
-    missing = (cpu if device.type == "cpu" else gpu).missing
+    """Run a test with the fused kernel, and again with plain torch operations."""
+    unavailable_reason = (cpu if device.type == "cpu" else gpu).unavailable_reason
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "reference":
-            patch.setattr(kernels, "serve", lambda x: False)
-        elif missing:
-            pytest.skip(missing)
-        # Deterministic, torch allocates outputs as NaN, so that an element left out shows.
+            patch.setattr(kernels, "is_supported", lambda x: False)
+        elif unavailable_reason:
+            pytest.skip(unavailable_reason)
+        # With deterministic algorithms torch fills outputs with NaN, so unwritten elements show.
         torch.use_deterministic_algorithms(True)
         yield request.param
         torch.use_deterministic_algorithms(False)

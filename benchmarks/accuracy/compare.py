@@ -34,7 +34,7 @@ from benchmarks.accuracy.common.checkpoint import load, write_json
 from benchmarks.accuracy.common.log import picture
 from benchmarks.accuracy.common.trainer import autocast
 from benchmarks.accuracy.train import parse
-from benchmarks.speed.timing import facts, interleave, quartiles
+from benchmarks.speed.timing import interleave, machine_info, quartiles
 from simam.messages import UserError
 
 # Options of train.py that are not the user's to give here.
@@ -219,7 +219,7 @@ def about(
 ) -> dict[str, Any]:
     """What the figures depend on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return facts(
+    return machine_info(
         date=date.today().isoformat(),
         device=training.device or device,
         cores=os.cpu_count(),

@@ -1,4 +1,4 @@
-"""SimAM as functions: what is computed, and which input is refused."""
+"""SimAM as functions: what is computed, and which inputs are refused."""
 
 import math
 from numbers import Real
@@ -8,28 +8,31 @@ from torch import Tensor, fx
 
 from . import ops, reference
 
+__all__ = ["attention", "energy", "simam"]
+
 
 def simam(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> Tensor:
     """Scale every neuron by how much it stands out from the rest of its channel.
 
-    How well can a linear function w x + b tell a neuron t, labelled +1, from the other M - 1
-    neurons x_i of its channel, labelled -1? SimAM asks it of every neuron: it minimises the
-    energy
+    For every neuron t, SimAM asks how well a linear function w x + b separates t, labelled +1,
+    from the other M - 1 neurons x_i of its channel, labelled -1. It minimises the energy
 
         e(w, b) = mean_i (-1 - (w x_i + b))^2 + (1 - (w t + b))^2 + lambda w^2
 
-    in closed form, and multiplies the neuron by `sigmoid(1 / e*)` of the minimum `e*`: the lower
-    the energy, the more distinct the neuron. There are no parameters to learn. Channels and
-    samples do not see each other, and the gate lies between sigmoid(1/2) = 0.622 and 1.
+    in closed form and multiplies t by the gate `sigmoid(1 / e*)`, where `e*` is the minimum: the
+    lower the energy, the more the neuron stands out. There are no parameters to learn. Channels
+    and samples are independent of each other, and the gate lies between sigmoid(1/2) = 0.622
+    and 1.
 
     Args:
-        x (Tensor[N, C, *spatial]): feature maps of one or more spatial dimensions; float16 and
+        x (Tensor[N, C, *spatial]): feature maps with one or more spatial dimensions. Float16 and
             bfloat16 are computed in float32.
         e_lambda (float): the regulariser lambda, in the squared units of x. The authors use
             1e-4 on CIFAR and 0.1 on ImageNet and COCO.
-        statistics (str): "shared", as the authors do, takes one mean and one variance for the
-            whole channel; "leave_one_out" takes those of the other neurons, which gives the
-            exact minimum. They differ visibly on small maps: by up to 0.029 in the gate at 7x7.
+        statistics (str): "shared", the authors' choice, uses one mean and one variance for the
+            whole channel. "leave_one_out" uses the mean and variance of the other neurons, which
+            gives the exact minimum. The gates differ visibly on small maps, by up to 0.029 at
+            7x7.
 
     Returns:
         Tensor[N, C, *spatial]: same shape, dtype and, for a dense x, strides.
@@ -40,9 +43,9 @@ def simam(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> T
             positive and finite, or statistics is unknown.
 
     Source:
-        Yang et al., ICML 2021, equations 1 to 6. There the shared variance divides by M; here,
-        as in the published networks, by M - 1. A channel of one neuron has variance 0, so its
-        gate is sigmoid(1/2).
+        Yang et al., ICML 2021, equations 1 to 6. The paper divides the shared variance by M; the
+        authors' networks, and this function, divide by M - 1. A channel of one neuron has
+        variance 0, so its gate is sigmoid(1/2).
 
     Examples:
         >>> x = torch.tensor([[[0.0, 0.0, 0.0, 4.0]]])
@@ -50,22 +53,22 @@ def simam(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> T
         tensor([[[0.0000, 0.0000, 0.0000, 2.9727]]])
     """
     check_number(e_lambda)
-    return scale(x, e_lambda, statistics)
+    return simam_forward(x, e_lambda, statistics)
 
 
 def attention(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> Tensor:
-    """Show how much weight each neuron gets: the gate `sigmoid(1 / e*)` of `simam`.
+    """Compute the gate `sigmoid(1 / e*)`, by which `simam` multiplies each neuron.
 
     Args:
-        x (Tensor[N, C, *spatial]): see `simam`, as for the other arguments.
+        x (Tensor[N, C, *spatial]): feature maps, as for `simam`.
         e_lambda (float): the regulariser lambda, in the squared units of x.
         statistics (str): "shared" or "leave_one_out".
 
     Returns:
-        Tensor[N, C, *spatial]: gates from sigmoid(1/2) = 0.622 to 1, without unit, in x's dtype.
+        Tensor[N, C, *spatial]: gates from sigmoid(1/2) = 0.622 to 1, dimensionless, in x's dtype.
 
     Raises:
-        TypeError, ValueError: as `simam`.
+        TypeError, ValueError: as for `simam`.
 
     Source:
         Yang et al., ICML 2021, the factor in equation 6.
@@ -80,19 +83,19 @@ def attention(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") 
 
 
 def energy(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> Tensor:
-    """Measure how hard each neuron is to tell from its channel: the minimal energy `e*`.
+    """Compute the minimal energy `e*`: how hard it is to separate each neuron from its channel.
 
     Args:
-        x (Tensor[N, C, *spatial]): see `simam`, as for the other arguments.
+        x (Tensor[N, C, *spatial]): feature maps, as for `simam`.
         e_lambda (float): the regulariser lambda, in the squared units of x.
         statistics (str): "shared" or "leave_one_out".
 
     Returns:
-        Tensor[N, C, *spatial]: energies from 0, distinct, to 2, no different from the rest;
-        without unit, in x's dtype.
+        Tensor[N, C, *spatial]: energies from 0, for a neuron that stands out, to 2, for a neuron
+        equal to the mean of its channel; dimensionless, in x's dtype.
 
     Raises:
-        TypeError, ValueError: as `simam`.
+        TypeError, ValueError: as for `simam`.
 
     Source:
         Yang et al., ICML 2021, equation 5.
@@ -106,26 +109,26 @@ def energy(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> 
     return reference.energy(x, e_lambda, statistics)
 
 
-@fx.wrap  # one node in a traced graph: the checks need a tensor
-def scale(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
-    """`simam` for TorchScript, which knows no keyword-only arguments."""
+@fx.wrap  # one node in an fx graph, because the checks need a tensor
+def simam_forward(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
+    """Validate x and apply SimAM; positional, as TorchScript has no keyword-only arguments."""
     _check(x, e_lambda, statistics)
-    # TorchScript does not read beyond its own branch, and a trace must hold torch's operators.
+    # TorchScript compiles only this branch, and a traced graph must hold torch's operators alone.
     if torch.jit.is_scripting() or torch.jit.is_tracing():
         return reference.forward(x, e_lambda, statistics)
-    else:  # noqa: RET505 - as TorchScript wants it
-        return ops.scale(x, e_lambda, statistics)
+    else:  # noqa: RET505 - an explicit branch, which TorchScript skips
+        return ops.simam_forward(x, e_lambda, statistics)
 
 
 def check_number(e_lambda: object) -> None:
-    """Refuse a lambda of another type, which TorchScript does by itself."""
-    # A tuple, since the compiler of torch 2.6 knows no union types.
+    """Refuse an e_lambda that is not a number. TorchScript checks the type itself."""
+    # A tuple, because torch.compile in torch 2.6 does not support union types.
     if isinstance(e_lambda, bool) or not isinstance(e_lambda, (Real, torch.SymFloat)):
         raise TypeError(f"e_lambda must be a number, got {e_lambda!r}")
 
 
 def check_options(e_lambda: float, statistics: str) -> None:
-    """Refuse options that `simam` could not compute with."""
+    """Refuse invalid values of e_lambda and statistics."""
     if not (e_lambda > 0.0 and e_lambda < math.inf):
         raise ValueError(
             f"e_lambda must be a positive, finite number, got {e_lambda}; "
@@ -146,7 +149,7 @@ def _check(x: Tensor, e_lambda: float, statistics: str) -> None:
             f"x must have shape (N, C, *spatial), got {list(x.shape)}; "
             "add the missing dimensions, for example x.unsqueeze(0) for one sample"
         )
-    # A traced size is a tensor, and asking it for a truth value would freeze the answer.
+    # While tracing, a size is a tensor, and testing it would fix the answer for every later size.
     if not torch.jit.is_tracing() and 0 in x.shape[2:]:
         raise ValueError(
             f"x must have at least one position in each spatial dimension, got shape "

@@ -11,16 +11,16 @@ from . import functional as F
 class SimAM(nn.Module):
     """Parameter-free attention as a layer. See `simam.functional.simam`.
 
-    A drop-in for the authors' module and for timm's `attn_layer=`. It holds no parameters and
-    no buffers, so a network with it loads the weights of the same network without it.
+    A drop-in for the authors' module and for timm's `attn_layer=`. The layer has no parameters
+    and no buffers, so a network with SimAM loads the weights of the same network without SimAM.
 
     Args:
-        channels (int, optional): ignored, since every channel is treated alone; taken because
+        channels (int, optional): ignored, because channels are independent; accepted because
             the authors' module and timm pass it first.
         e_lambda (float): the regulariser lambda, in the squared units of the input.
         statistics (str): "shared" (the authors') or "leave_one_out" (the exact minimum).
-        device (any): ignored, since there are no parameters; timm passes it.
-        dtype (any): likewise.
+        device (any): ignored, because there are no parameters; timm passes it.
+        dtype (any): ignored, like device.
 
     Raises:
         TypeError: channels is not an integer, or e_lambda is not a number.
@@ -28,7 +28,7 @@ class SimAM(nn.Module):
             unknown.
 
     Source:
-        Yang et al., ICML 2021; see `simam.functional.simam` for what differs.
+        Yang et al., ICML 2021; see `simam.functional.simam` for the differences.
 
     Examples:
         >>> import torch
@@ -67,7 +67,7 @@ class SimAM(nn.Module):
         self.statistics = statistics
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.scale(x, self.e_lambda, self.statistics)
+        return F.simam_forward(x, self.e_lambda, self.statistics)
 
     def extra_repr(self) -> str:
         return f"e_lambda={self.e_lambda:g}, statistics={self.statistics!r}"

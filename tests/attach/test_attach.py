@@ -1,4 +1,4 @@
-"""attach and detach: what they change, and that they leave no trace."""
+"""attach and detach: what they change, and that detach restores everything."""
 
 import pytest
 import torch

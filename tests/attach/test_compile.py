@@ -88,7 +88,7 @@ def test_attach_to_a_model_compiled_in_place(net: nn.Module, x: Tensor) -> None:
 def test_torchscript_matches_eager(net: nn.Module, x: Tensor) -> None:
     expected = attach(net, e_lambda=0.1)(x)
     scripted = torch.jit.script(net[2].conv2)
-    # TorchScript runs plain torch operations, and the layer the fused kernel.
+    # TorchScript runs plain torch operations; the eager layer runs the fused kernel.
     torch.testing.assert_close(scripted(x), net[2].conv2(x))
     torch.testing.assert_close(torch.jit.trace(net, x)(x), expected)
     with pytest.raises(ValueError, match=r"^a TorchScript module cannot be changed"):

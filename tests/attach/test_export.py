@@ -1,4 +1,4 @@
-"""Attached networks through torch.export and ONNX, at batches and sizes they have not seen."""
+"""Attached networks through torch.export and ONNX, at other batch and image sizes."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from torch.export import Dim
 from simam import attach
 from tests.helpers.by_hand import PLACES, example, networks, plain
 
-# They compute a padding for every size, at which torch.export works for minutes.
+# These compute their padding from the size, on which torch.export spends minutes.
 SIZE_IS_FIXED = {name for name in PLACES if name.startswith("timm/tf_")}
-# timm takes the batch for the groups of a convolution, which ONNX must know.
+# timm makes the batch the groups of a convolution, and ONNX needs that number.
 BATCH_IS_FIXED = {"timm/tf_efficientnet_cc_b0_4e"}
 
 
@@ -36,7 +36,7 @@ def test_export_matches_eager_at_other_sizes(name: str) -> None:
     exported = torch.export.export(model, (x,), dynamic_shapes=(dynamic(x, name),)).module()
     with torch.no_grad():
         for images in (x, unseen(x, name)):
-            # Exported, the layer is plain torch operations.
+            # An exported layer is plain torch operations.
             expected = model(images)
             scale = float(expected.abs().max())
             torch.testing.assert_close(exported(images), expected, rtol=0, atol=1e-5 * scale)

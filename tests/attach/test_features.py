@@ -1,4 +1,4 @@
-"""Features taken out of attached networks, by the ways of torchvision, timm and hooks."""
+"""Feature extraction from attached networks with torchvision, timm and hooks."""
 
 from functools import partial
 

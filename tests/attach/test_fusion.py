@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from simam import SimAM, attach, detach
 from tests.helpers.tiny_blocks import block, conv
 
-# torch moves its quantisation to another package.
+# torch is moving quantisation to another package and warns about it.
 pytestmark = pytest.mark.filterwarnings(
     r"ignore:torch\.ao\.quantization is deprecated:DeprecationWarning",
 )
@@ -123,7 +123,7 @@ def test_attach_accepts_a_folded_convolution(net: nn.Module, x: Tensor) -> None:
     assert isinstance(net[0].conv2.simam, SimAM)
 
 
-# torch warns of its own default configuration, and of its own quantised tensors.
+# torch warns about its own default configuration and its own quantised tensors.
 @pytest.mark.filterwarnings(
     "ignore:Please use quant_min and quant_max:UserWarning",
     r"ignore:torch\.quantize_per_tensor:UserWarning",
@@ -134,5 +134,5 @@ def test_static_quantisation_keeps_simam(net: nn.Module, x: Tensor) -> None:
     quantised = convert_fx(prepared)
     assert [type(m) for m in quantised.modules()].count(SimAM) == 1
     with torch.no_grad():
-        # 8 bits for a range of about 10
+        # 8 bits over a range of about 10
         torch.testing.assert_close(quantised(x), net(x), rtol=0, atol=0.5)

@@ -1,4 +1,4 @@
-"""Real networks through attach and back."""
+"""attach and detach on real networks."""
 
 import copy
 import io
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simam import SimAM, attach, detach
 from tests.helpers.by_hand import PLACES, ByHand, by_hand, example, parameter_names, plain, run
 
-# Of a detection model, whose pyramid takes a list and is not residual.
+# The pyramid of the detection model takes a list and is not residual: attach warns about it.
 pytestmark = pytest.mark.filterwarnings("ignore:left without SimAM:UserWarning")
 
 
@@ -43,7 +43,7 @@ def test_attach_matches_simam_written_by_hand(name: str) -> None:
         gradients.append([p.grad for p in network.parameters() if p.grad is not None])
     torch.testing.assert_close(*outputs)
     assert [n for n, _ in model.named_parameters()] == parameter_names(reference)
-    # A convolution's bias before a batch norm has no gradient but rounding, so in all.
+    # All gradients together: a bias before a batch norm has a gradient of rounding errors only.
     assert distance(*(torch.cat([g.flatten() for g in each]) for each in gradients)) < 1e-9
 
 
@@ -103,7 +103,7 @@ def test_attached_networks_run_in_half_precision(name: str, dtype: torch.dtype) 
     with torch.no_grad():
         output, expected = model(x.to(dtype)), reference(x.to(dtype))
     assert output.dtype == dtype
-    # Where the float32 results differ in the last bit, so may the rounded ones.
+    # float32 results that differ in the last bit may round to different halves.
     assert distance(output.float(), expected.float()) < 4 * torch.finfo(dtype).eps
 
 
@@ -118,7 +118,7 @@ def test_attached_networks_run_under_autocast(name: str) -> None:
 
 
 class BlockByHand(nn.Module):
-    """torchvision's BasicBlock, and SimAM between its second convolution and its norm."""
+    """torchvision's BasicBlock with SimAM between the second convolution and its norm."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

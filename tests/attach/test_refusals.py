@@ -1,4 +1,4 @@
-"""attach and detach: what they refuse or warn of, and that a refusal changes nothing."""
+"""attach and detach: their errors and warnings, and that an error changes nothing."""
 
 import re
 import warnings
@@ -74,7 +74,7 @@ def with_own_simam(layer: nn.Conv2d) -> nn.Module:
             "ParametrizedConv2d is parametrized; attach before torch.nn.utils.parametrize, or "
             "remove it first",
         ),
-        (lazy, "LazyConv2d is lazy and not yet initialised; run the model once before"),
+        (lazy, "LazyConv2d is lazy and not yet initialised; run the model once first"),
         (scripted, "RecursiveScriptModule is a TorchScript module; attach before scripting"),
         (with_own_simam, "Conv2d already has an attribute 'simam' of its own; rename it"),
     ],

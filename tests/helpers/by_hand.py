@@ -1,4 +1,4 @@
-"""Real networks with SimAM written in by hand: another way to what attach does.
+"""Real networks with SimAM inserted by hand: a second implementation of what attach does.
 
 The places were written down from the definitions of the networks, and the layer from the
 formula of the paper. Nothing here comes from the library.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class ByHand(nn.Module):
-    """A layer and the shared form of SimAM after it."""
+    """A layer followed by the shared form of SimAM."""
 
     def __init__(self, layer: nn.Module, e_lambda: float) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class ByHand(nn.Module):
 
 
 def blocks(path: str, depths: Iterable[int], first: int = 0) -> list[str]:
-    """Paths with the numbers of each stage, from `first`, and of the blocks of that depth."""
+    """Paths for every stage, numbered from `first`, and every block of the stage."""
     return [
         path.format(stage=stage, block=block)
         for stage, depth in enumerate(depths, first)
@@ -43,7 +43,7 @@ def blocks(path: str, depths: Iterable[int], first: int = 0) -> list[str]:
 RESNET_18 = blocks("layer{stage}.{block}.conv2", (2, 2, 2, 2), 1)
 RESNET_50 = blocks("layer{stage}.{block}.conv2", (3, 4, 6, 3), 1)
 
-# What SimAM follows. A MixedConv2d is one layer here, since it concatenates its convolutions.
+# The hosts of SimAM. A MixedConv2d is one host, since it concatenates its convolutions.
 PLACES = {
     "torchvision/resnet18": RESNET_18,
     "torchvision/mobilenet_v2": [
@@ -74,7 +74,7 @@ PLACES = {
     "timm/resnetv2_50x1_bit": blocks("stages.{stage}.blocks.{block}.conv2", (3, 4, 6, 3)),
     # MixedConv2d
     "timm/tf_mixnet_s": blocks("blocks.{stage}.{block}.conv_dw", (1, 2, 4, 3, 3, 3)),
-    # CondConv2d, which is called with the weights of its experts
+    # CondConv2d, whose forward takes the weights of its experts
     "timm/tf_efficientnet_cc_b0_4e": blocks(
         "blocks.{stage}.{block}.conv_dw", (1, 2, 2, 3, 3, 4, 1)
     ),
@@ -85,7 +85,7 @@ QUICK = {"torchvision/resnet18", "torchvision/r3d_18", "timm/tf_mobilenetv3_smal
 
 
 def networks() -> list[object]:
-    """Test cases, those beyond the quick under the marker: every network that is one graph.
+    """Test cases for every network that is one graph; all but the quick ones are marked sweep.
 
     A detector is not. It branches on its proposals, with or without SimAM.
     """
@@ -97,7 +97,7 @@ def networks() -> list[object]:
 
 
 def plain(name: str) -> nn.Module:
-    """The network with random weights, of which none are all the same."""
+    """The network with random weights; no tensor is constant."""
     library, name = name.split("/")
     torch.manual_seed(0)
     options: dict[str, Any] = {"num_classes": 10}
@@ -111,7 +111,7 @@ def plain(name: str) -> nn.Module:
             options |= {"min_size": 64, "max_size": 64}
         model = torchvision.models.get_model(name, weights=None, **options)
     with torch.no_grad():
-        # A scale of 0 hides a branch, and a norm of 0 and 1 a mistake in the order of layers.
+        # A scale of 0 hides a branch; a norm with weight 1 and bias 0 hides a wrong order.
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point() and (tensor == tensor.flatten()[0]).all():
                 tensor.add_(0.5 * torch.rand_like(tensor))
@@ -119,7 +119,7 @@ def plain(name: str) -> nn.Module:
 
 
 def by_hand(model: nn.Module, name: str, e_lambda: float) -> nn.Module:
-    """A copy of the network with SimAM written in."""
+    """A copy of the network with SimAM inserted by hand."""
     model = copy.deepcopy(model)
     for path in PLACES[name]:
         parent, _, child = path.rpartition(".")
@@ -129,13 +129,13 @@ def by_hand(model: nn.Module, name: str, e_lambda: float) -> nn.Module:
 
 
 def parameter_names(model: nn.Module) -> list[str]:
-    """Those of the plain network, of one with SimAM written in."""
+    """The parameter names of the plain network, from a network with SimAM inserted by hand."""
     names = [name for name, _ in model.named_parameters()]
     return [name.replace(".layer.", ".") for name in names]
 
 
 def example(name: str) -> Tensor:
-    """Images just large enough that every map has more than one position."""
+    """Images just large enough for every map to have more than one position."""
     size = (2, 3, 4, 32, 32) if "r3d" in name else (2, 3, 64, 64)
     if "convnext" not in name and "rcnn" not in name and "r3d" not in name:
         size = (2, 3, 33, 33)
@@ -143,7 +143,7 @@ def example(name: str) -> Tensor:
 
 
 def run(model: nn.Module, x: Tensor) -> Tensor:
-    """The output as one tensor: of a detector the losses in training, else what it detects."""
+    """The output as one tensor; for a detector its losses in training, its detections otherwise."""
     if not hasattr(model, "roi_heads"):
         return model(x)
     images = list(x)

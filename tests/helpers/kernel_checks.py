@@ -1,6 +1,6 @@
 """What the tests of the kernels share: maps in rows and in strips, and the comparison."""
 
-from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from tests.helpers.oracles import rounding, working_rounding
 
 
 def check(
-    run: Callable[..., Tensor],
+    kernel: ModuleType,
     x: Tensor,
     pull: Tensor,
     e_lambda: float,
@@ -24,8 +24,8 @@ def check(
     """
     dtype = x.dtype
     step = rounding(dtype) + truncates * torch.finfo(dtype).eps / 2
-    actual = run(x, None, e_lambda, statistics)
-    gradient = run(x, pull, e_lambda, statistics)
+    actual = kernel.forward(x, e_lambda, statistics)
+    gradient = kernel.backward(pull, x, e_lambda, statistics)
     assert actual.dtype == gradient.dtype == dtype
     assert actual.stride() == gradient.stride() == torch.empty_like(x).stride()
     wide = x.double()

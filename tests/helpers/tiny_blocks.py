@@ -9,7 +9,7 @@ from simam import SimAM, plan
 
 
 class Block(nn.Module):
-    """Two spatial convolutions and what else it is given."""
+    """Two spatial convolutions, and any other modules that are passed."""
 
     def __init__(self, **parts: nn.Module) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Block(nn.Module):
 
 
 def block(forward: Callable[..., object]) -> type[Block]:
-    """A class of blocks with this forward."""
+    """A block class with the given forward."""
     return type(forward.__name__, (Block,), {"forward": forward, "__module__": __name__})
 
 
@@ -44,7 +44,7 @@ def assert_refused(model: nn.Module) -> None:
 
 
 def snapshot(model: nn.Module) -> object:
-    """All that a model's modules hold: attributes in order, tensors by identity and version."""
+    """Everything a model's modules hold: attributes in order, tensors by identity and version."""
 
     def fingerprint(value: object) -> object:
         if isinstance(value, Tensor):

@@ -24,7 +24,9 @@ from tests.helpers.kernel_checks import check, lay_out, normal
 STATISTICS = ("shared", "leave_one_out")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-pytestmark = pytest.mark.skipif(bool(cpu.missing), reason=cpu.missing or "it is there")
+pytestmark = pytest.mark.skipif(
+    bool(cpu.unavailable_reason), reason=cpu.unavailable_reason or "it is there"
+)
 both_statistics = pytest.mark.parametrize("statistics", STATISTICS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 both_layouts = pytest.mark.parametrize("strips", [False, True], ids=["rows", "strips"])
@@ -84,7 +86,7 @@ def test_every_tile_and_block(
     shape: tuple[int, ...], strips: bool, statistics: str, dtype: torch.dtype
 ) -> None:
     x = lay_out(normal(*shape), strips).to(dtype)
-    check(cpu.run, x, normal(*shape, seed=1).to(dtype), 1e-4, statistics)
+    check(cpu, x, normal(*shape, seed=1).to(dtype), 1e-4, statistics)
 
 
 @both_layouts
@@ -100,8 +102,8 @@ def test_threads_change_no_bit(strips: bool, statistics: str) -> None:
                 results = []
                 for threads in (1, 2, 5):
                     torch.set_num_threads(threads)
-                    forward = cpu.run(x, None, 0.1, statistics)
-                    results.append((forward, cpu.run(x, pull, 0.1, statistics)))
+                    forward = cpu.forward(x, 0.1, statistics)
+                    results.append((forward, cpu.backward(pull, x, 0.1, statistics)))
                 for forward, backward in results[1:]:
                     assert torch.equal(forward, results[0][0])
                     assert torch.equal(backward, results[0][1])
@@ -141,7 +143,7 @@ def test_what_threads_share_out(
     monkeypatch.setattr(cpu, "_parallel_for", ctypes.cast(lent, ctypes.c_void_p).value)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     x = lay_out(normal(*shape), strips).float()
-    check(cpu.run, x, normal(*shape, seed=1).float(), 0.1, "shared")
+    check(cpu, x, normal(*shape, seed=1).float(), 0.1, "shared")
     assert shared == expected
 
 
@@ -162,7 +164,7 @@ def test_gate_is_exact_to_2e_7(strips: bool, statistics: str, std: float) -> Non
     for shape in [(4, 64, 49), (2, 64, 784), (1, 64, 3136)]:
         x = lay_out(std * normal(*shape), strips).float()
         gate = reference.attention(x.double(), 1e-4, statistics)
-        actual = cpu.run(x, None, 1e-4, statistics).double() / x.double()
+        actual = cpu.forward(x, 1e-4, statistics).double() / x.double()
         # The quotient carries the rounding of the product.
         slack = torch.finfo(torch.float32).eps / 2
         assert (actual - gate).abs().max() < 2e-7 + slack
@@ -174,7 +176,7 @@ def test_every_half_number_is_read_and_written(dtype: torch.dtype) -> None:
     x = torch.arange(2**16).to(torch.uint16).view(dtype).reshape(64, 1024, 1)
     gate = torch.sigmoid(torch.tensor(0.5, dtype=torch.float64)).float()
     expected = (x.float() * gate).to(dtype)
-    actual = cpu.run(x, None, 1e-4, "shared")
+    actual = cpu.forward(x, 1e-4, "shared")
     numbers = torch.isfinite(x)
     # The gate of the kernel may be a float32 step off, which moves the last step of a few.
     distance = steps(actual[numbers]) - steps(expected[numbers])
@@ -193,9 +195,9 @@ def test_poison_stays_in_its_channel(
 ) -> None:
     for shape in [(3, 5, 30), (3, 70, 300), (2, 2, 5000)]:
         x, pull = normal(*shape).to(dtype), normal(*shape, seed=1).to(dtype)
-        clean = [cpu.run(lay_out(x, strips), g, 0.1, statistics) for g in (None, pull)]
+        clean = both(lay_out(x, strips), pull, statistics)
         x[1, 1, 7] = poison
-        dirty = [cpu.run(lay_out(x, strips), g, 0.1, statistics) for g in (None, pull)]
+        dirty = both(lay_out(x, strips), pull, statistics)
         for before, after in zip(clean, dirty, strict=True):
             assert after[1, 1].isnan().all()
             after[1, 1] = before[1, 1]
@@ -206,12 +208,12 @@ def test_poison_stays_in_its_channel(
 def test_every_nan_of_bfloat16_stays_one(bits: int) -> None:
     x = torch.ones(1, 1, 40, dtype=torch.bfloat16)
     x.view(torch.uint16)[0, 0, 3] = bits
-    assert cpu.run(x, None, 0.1, "shared").isnan().all()
+    assert cpu.forward(x, 0.1, "shared").isnan().all()
 
 
 def test_lambda_that_float32_cannot_hold() -> None:
     x = torch.zeros(1, 2, 5)
-    assert torch.equal(cpu.run(x, None, 1e-300, "shared"), x)
+    assert torch.equal(cpu.forward(x, 1e-300, "shared"), x)
 
 
 def test_nothing_is_read_or_written_beyond_the_map() -> None:
@@ -221,8 +223,8 @@ def test_nothing_is_read_or_written_beyond_the_map() -> None:
         store[64 : 64 + count] = normal(*shape).flatten().float()
         x = store[64 : 64 + count].reshape(shape[0], shape[2], shape[1]).movedim(2, 1)
         x = x if strips else store[64 : 64 + count].reshape(shape)
-        assert not cpu.run(x, None, 0.1, "shared").isnan().any()
-        assert not cpu.run(x, x, 0.1, "shared").isnan().any()
+        assert not cpu.forward(x, 0.1, "shared").isnan().any()
+        assert not cpu.backward(x, x, 0.1, "shared").isnan().any()
 
 
 def test_denormal_numbers_are_kept_after_import() -> None:
@@ -237,7 +239,7 @@ def test_denormal_numbers_are_kept_after_import() -> None:
 
 def in_child(queue: "multiprocessing.SimpleQueue[Tensor]", x: Tensor) -> None:
     torch.set_num_threads(1)
-    queue.put(cpu.run(x, None, 0.1, "shared").sum().item())
+    queue.put(cpu.forward(x, 0.1, "shared").sum().item())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not fork")
@@ -248,7 +250,7 @@ def test_fork_after_a_parallel_region() -> None:
     torch.set_num_threads(2)
     try:
         x = normal(4, 64, 56 * 56).float()
-        expected = cpu.run(x, None, 0.1, "shared").sum().item()
+        expected = cpu.forward(x, 0.1, "shared").sum().item()
         context = multiprocessing.get_context("fork")
         queue = context.SimpleQueue()
         child = context.Process(target=in_child, args=(queue, x))
@@ -262,12 +264,12 @@ def test_fork_after_a_parallel_region() -> None:
 
 def test_two_python_threads_at_once() -> None:
     xs = [normal(4, 64, 784, seed=seed).float() for seed in range(2)]
-    expected = [cpu.run(x, x, 0.1, "leave_one_out") for x in xs]
+    expected = [cpu.backward(x, x, 0.1, "leave_one_out") for x in xs]
     wrong = []
 
     def work(index: int) -> None:
         for _ in range(50):
-            actual = cpu.run(xs[index], xs[index], 0.1, "leave_one_out")
+            actual = cpu.backward(xs[index], xs[index], 0.1, "leave_one_out")
             wrong.append(not torch.equal(actual, expected[index]))
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
@@ -284,18 +286,18 @@ def test_kernels_info() -> None:
     fused = [entry.dtype for entry in info if entry.device == "cpu" and entry.fused]
     assert fused == ["float64", "float32", "bfloat16", "float16"]
     fused = [entry.dtype for entry in info if entry.device == "cuda" and entry.fused]
-    assert fused == ([] if gpu.missing else ["float32", "bfloat16", "float16"])
+    assert fused == ([] if gpu.unavailable_reason else ["float32", "bfloat16", "float16"])
     table = str(info).splitlines()
     assert table[0].split() == ["device", "dtype", "kernel"]
     assert re.fullmatch(r"cpu +float32 +fused +\S.*", table[2])
-    assert re.fullmatch(r"cuda +float64 +plain torch +not written for it", table[5])
+    assert re.fullmatch(r"cuda +float64 +plain torch +no kernel for this dtype", table[5])
     note = (
-        re.escape(gpu.missing)
-        if gpu.missing
+        re.escape(gpu.unavailable_reason)
+        if gpu.unavailable_reason
         else r"Triton \d.*, where compute capability is 8\.0.*"
     )
     assert re.fullmatch(rf"cuda +float16 +(fused|plain torch) +{note}", table[8])
-    assert re.fullmatch(r"others +any +plain torch +no kernel is written for them", table[-1])
+    assert re.fullmatch(r"others +any +plain torch +no kernel for other devices", table[-1])
 
 
 def test_failure_of_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,11 +333,15 @@ def test_ten_thousand_random_cases() -> None:
         if draw.random() < 0.3:
             x = x.repeat_interleave(2, -1)[..., ::2]
         pull = normal(*shape, seed=seed + 1).to(dtype)
-        errors = check(cpu.run, x, pull, e_lambda, statistics)
+        errors = check(cpu, x, pull, e_lambda, statistics)
         for name, error in zip(("forward", "backward"), errors, strict=True):
             worst[dtype, name] = max(worst[dtype, name], error)
     for (dtype, name), error in worst.items():
         print(f"{dtype} {name}: {error:.2f} of what is allowed")  # noqa: T201 - with pytest -s
+
+
+def both(x: Tensor, pull: Tensor, statistics: str) -> tuple[Tensor, Tensor]:
+    return cpu.forward(x, 0.1, statistics), cpu.backward(pull, x, 0.1, statistics)
 
 
 def steps(x: Tensor) -> Tensor:

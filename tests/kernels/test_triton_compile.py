@@ -1,6 +1,6 @@
-"""The GPU kernels compile for real GPUs, which takes none: Triton brings its compiler along.
+"""The GPU kernels compile for real GPUs. Triton includes its compiler, so no GPU is needed.
 
-The interpreter of test_triton.py takes programs that a GPU's compiler refuses.
+The interpreter of test_triton.py accepts programs that the compiler refuses.
 """
 
 import itertools
@@ -20,26 +20,30 @@ pytestmark = pytest.mark.skipif(
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 MULTIPROCESSORS = 132
 
-# Of each: channels of a sample, positions, and samples, with which the plan is another one.
+# Channels of a sample, positions and samples, for which `choose_config` chooses each kernel.
 SHAPES = {
-    "whole": (64, 49, 8),
-    "along": (64, 50_176, 64),
-    "in parts": (8, 50_176, 1),
+    "single pass": (64, 49, 8),
+    "looped": (64, 50_176, 64),
+    "split": (8, 50_176, 1),
 }
-ARGUMENTS = {
-    "forward_whole": ("whole", False),
-    "backward_whole": ("whole", True),
-    "forward_along": ("along", False),
-    "backward_along": ("along", True),
-    "moments_in_parts": ("in parts", False),
-    "sums_in_parts": ("in parts", True),
+# The shape of each kernel, and whether it belongs to the backward pass.
+KERNELS = {
+    "forward_single_pass": ("single pass", False),
+    "backward_single_pass": ("single pass", True),
+    "forward_looped": ("looped", False),
+    "backward_looped": ("looped", True),
+    "partial_moments": ("split", False),
+    "partial_sums": ("split", True),
 }
+both_layouts = pytest.mark.parametrize(
+    "channels_last", [False, True], ids=["contiguous", "channels_last"]
+)
 
 
 def compile_kernel(
     name: str,
     shape: tuple[int, int, int],
-    strips: bool,
+    channels_last: bool,
     dtype: torch.dtype,
     *,
     backward: bool,
@@ -47,7 +51,7 @@ def compile_kernel(
     capability: int = 90,
     integers: str = "i32",
 ) -> str:
-    """The assembly of a kernel with the plan of a shape, as `gpu` launches it."""
+    """Return the PTX of a kernel, with the tiles that `gpu` chooses for a shape."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -55,35 +59,36 @@ def compile_kernel(
     from simam.kernels import triton_kernels
 
     channels, positions, samples = shape
-    if not strips:
+    if not channels_last:
         samples, channels = 1, samples * channels
-    plan = gpu.choose(
-        samples, channels, positions, dtype.itemsize, strips, backward, MULTIPROCESSORS
+    config = gpu.choose_config(
+        samples, channels, positions, dtype.itemsize, channels_last, backward, MULTIPROCESSORS
     )
-    known = {
+    constants = {
         "LEAVE_ONE_OUT": leave_one_out,
-        "STRIPS": strips,
-        "ALIGN": math.gcd(channels if strips else positions, 16),
-        "CHANNELS": plan.channels,
-        "POSITIONS": plan.positions,
-        "PARTS": 1 if plan.parts == 1 else gpu.PARTS,
+        "CHANNELS_LAST": channels_last,
+        "DIVISIBILITY": math.gcd(channels if channels_last else positions, 16),
+        "BLOCK_C": config.block_c,
+        "BLOCK_M": config.block_m,
+        "MAX_SPLITS": 1 if config.num_splits == 1 else gpu.MAX_SPLITS,
     }
-    function = getattr(triton_kernels, name)
+    sizes = ("channels", "positions", "tiles_per_split", "split_stride")
+    kernel = getattr(triton_kernels, name)
     types = {
-        **dict.fromkeys(("x", "gradient", "result"), TYPES[dtype]),
-        "found": "*fp32",
+        **dict.fromkeys(("x", "out", "dy", "dx"), TYPES[dtype]),
+        "partials": "*fp32",
         "e_lambda": "fp32",
-        **dict.fromkeys(("channels", "positions", "steps", "width"), integers),
-        **dict.fromkeys(known, "constexpr"),
+        **dict.fromkeys(sizes, integers),
+        **dict.fromkeys(constants, "constexpr"),
     }
-    names = function.arg_names
+    names = kernel.arg_names
     source = ASTSource(
-        function,
+        kernel,
         {name: types[name] for name in names},
-        {(names.index(name),): value for name, value in known.items() if name in names},
+        {(names.index(name),): value for name, value in constants.items() if name in names},
         {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name][0] == "*"},
     )
-    options = {"num_warps": plan.warps, "enable_fp_fusion": True}
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
     return triton.compile(source, GPUTarget("cuda", capability, 32), options).asm["ptx"]
 
 
@@ -92,16 +97,16 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
-@pytest.mark.parametrize("strips", [False, True], ids=["rows", "strips"])
+@pytest.mark.parametrize("name", KERNELS)
+@both_layouts
 @pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_compiles(name: str, strips: bool, capability: int) -> None:
-    kind, backward = ARGUMENTS[name]
+def test_kernel_compiles(name: str, channels_last: bool, capability: int) -> None:
+    shape, backward = KERNELS[name]
     for dtype, leave_one_out in ((torch.float32, True), (torch.bfloat16, False)):
         assert f".target sm_{capability}" in compile_kernel(
             name,
-            SHAPES[kind],
-            strips,
+            SHAPES[shape],
+            channels_last,
             dtype,
             backward=backward,
             leave_one_out=leave_one_out,
@@ -109,32 +114,36 @@ def test_every_kernel_compiles(name: str, strips: bool, capability: int) -> None
         )
 
 
-@pytest.mark.parametrize("name", ["forward_along", "backward_along"])
-@pytest.mark.parametrize("strips", [False, True], ids=["rows", "strips"])
-def test_what_parts_have_found_is_taken_up(name: str, strips: bool) -> None:
-    backward = ARGUMENTS[name][1]
-    code = compile_kernel(name, SHAPES["in parts"], strips, torch.float16, backward=backward)
+@pytest.mark.parametrize("name", ["forward_looped", "backward_looped"])
+@both_layouts
+def test_looped_kernel_compiles_with_several_splits(name: str, channels_last: bool) -> None:
+    backward = KERNELS[name][1]
+    code = compile_kernel(name, SHAPES["split"], channels_last, torch.float16, backward=backward)
     assert f".entry {name}" in code
 
 
-@pytest.mark.parametrize("name", ["forward_whole", "backward_along"])
-def test_sizes_of_64_bits_compile(name: str) -> None:
-    kind, backward = ARGUMENTS[name]
+@pytest.mark.parametrize("name", ["forward_single_pass", "backward_looped"])
+def test_kernel_compiles_with_64_bit_sizes(name: str) -> None:
+    shape, backward = KERNELS[name]
     code = compile_kernel(
-        name, SHAPES[kind], True, torch.bfloat16, backward=backward, integers="i64"
+        name, SHAPES[shape], True, torch.bfloat16, backward=backward, integers="i64"
     )
     assert ".param .u64" in code
 
 
-def test_neighbours_are_read_sixteen_bytes_at_a_time() -> None:
-    # Where the map's size allows it: 784 is a multiple of 16, 49 is odd.
-    for name, strips, dtype in itertools.product(
-        ("forward_whole", "backward_whole"), (False, True), (torch.float32, torch.bfloat16)
+def test_kernel_reads_and_writes_sixteen_bytes_at_once() -> None:
+    # Where the size of the map allows it: 784 is a multiple of 16, 49 is odd.
+    for name, channels_last, dtype in itertools.product(
+        ("forward_single_pass", "backward_single_pass"),
+        (False, True),
+        (torch.float32, torch.bfloat16),
     ):
-        backward = name == "backward_whole"
-        wide = compile_kernel(name, (64, 784, 4), strips, dtype, backward=backward)
+        backward = name == "backward_single_pass"
+        wide = compile_kernel(name, (64, 784, 4), channels_last, dtype, backward=backward)
         assert "ld.global.v4.b32" in wide
         assert "st.global.v4.b32" in wide
         assert "ld.global.b" not in wide
-    narrow = compile_kernel("forward_whole", (64, 49, 4), False, torch.float32, backward=False)
+    narrow = compile_kernel(
+        "forward_single_pass", (64, 49, 4), False, torch.float32, backward=False
+    )
     assert "ld.global.v4" not in narrow

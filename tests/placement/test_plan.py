@@ -1,4 +1,4 @@
-"""plan: which convolutions are selected, what is said about them, and that nothing is touched."""
+"""plan: the convolutions it selects, the table it prints, and that it changes nothing."""
 
 import re
 import threading
@@ -179,10 +179,10 @@ def test_plan_is_a_list_that_prints_as_a_table() -> None:
     ]
     assert str(found).splitlines() == [
         "path     host        block  reason",
-        f"0.conv2      Conv2d 3x3  0      {reason}",
-        f"1.conv2      Conv2d 5x5  1      {reason}",
+        f"0.conv2  Conv2d 3x3  0      {reason}",
+        f"1.conv2  Conv2d 5x5  1      {reason}",
     ]
-    assert "\nconv2        Conv2d 3x3  (model)  " in str(plan(basic()))
+    assert "\nconv2  Conv2d 3x3  (model)  " in str(plan(basic()))
 
 
 def test_plan_keeps_the_order_of_the_model() -> None:

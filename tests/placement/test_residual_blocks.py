@@ -1,4 +1,4 @@
-"""Which blocks the rule takes for residual blocks with something to gate, and which not."""
+"""The rule: which blocks count as residual blocks, and which do not."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from simam import plan
 from tests.helpers.tiny_blocks import Block, assert_refused, basic, block, conv, points
 
-# Those with a formula for one value alone: a softmax is attention, and a GLU a gate.
+# Elementwise activations only: a softmax is attention, and a GLU is a gate.
 ACTIVATIONS = [
     nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh,
     nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6, nn.RReLU, nn.SELU,

@@ -1,4 +1,4 @@
-"""Which convolutions of a residual block SimAM follows, clause by clause of the rule."""
+"""The rule, clause by clause: which convolutions of a residual block SimAM follows."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Fused kernels, and which of them serves a tensor. Without them all works, slower."""
+"""Fused kernels for SimAM, per device and dtype. Without them everything works, only slower."""
 
 import functools
 import warnings
@@ -7,18 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..messages import table
 from . import cpu, gpu
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What computes `simam` for a device and a dtype.
+    """How `simam` is computed on a device, in a dtype.
 
     Attributes:
         device (str): type of device.
         dtype (str): name of the dtype.
-        fused (bool): whether it is a fused kernel; if not, plain torch operations.
-        note (str): how it runs, or why there is none.
+        fused (bool): whether there is a fused kernel; if not, plain torch operations run.
+        note (str): how the kernel runs, or why there is none.
     """
 
     device: str
@@ -37,15 +38,15 @@ class Kernels(tuple[Kernel, ...]):
         for entry in self:
             kernel = "fused" if entry.fused else "plain torch"
             rows.append((entry.device, entry.dtype, kernel, entry.note))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return table(rows)
 
 
 def kernels_info() -> Kernels:
-    """Tell which kernel serves which device and dtype, and why not where none does.
+    """List the kernel for each device and dtype, or why there is none.
 
-    Whatever it says, `torch.func` transforms, forward-mode AD, tensor subclasses, and exported,
-    scripted and traced graphs run plain torch operations, and so do `attention` and `energy`.
+    Some calls never use a fused kernel: `attention`, `energy`, `torch.func` transforms,
+    forward-mode AD, tensor subclasses, and exported, scripted and traced graphs run plain torch
+    operations.
 
     Returns:
         Kernels: a tuple of `Kernel`, which prints as a table.
@@ -56,36 +57,45 @@ def kernels_info() -> Kernels:
     """
     entries = []
     for device, kernel in (("cpu", cpu), ("cuda", gpu)):
-        note = kernel.missing or kernel.describe()
+        note = kernel.unavailable_reason or kernel.describe()
         for dtype in cpu.DTYPES:
             name, written = str(dtype).removeprefix("torch."), dtype in kernel.DTYPES
-            fused = written and not kernel.missing
-            entries.append(Kernel(device, name, fused, note if written else "not written for it"))
-    return Kernels([*entries, Kernel("others", "any", False, "no kernel is written for them")])
+            fused = written and not kernel.unavailable_reason
+            entries.append(
+                Kernel(device, name, fused, note if written else "no kernel for this dtype")
+            )
+    return Kernels([*entries, Kernel("others", "any", False, "no kernel for other devices")])
 
 
-def serve(x: Tensor) -> bool:
-    """Whether a fused kernel takes a tensor like x."""
+def is_supported(x: Tensor) -> bool:
+    """Return whether there is a fused kernel for the device and dtype of x."""
     if x.is_cpu:
-        return not cpu.missing and x.dtype in cpu.DTYPES
-    if not x.is_cuda or gpu.missing or x.dtype not in gpu.DTYPES:
+        return not cpu.unavailable_reason and x.dtype in cpu.DTYPES
+    if not x.is_cuda or gpu.unavailable_reason or x.dtype not in gpu.DTYPES:
         return False
-    # The compiler need not look at the device, since the operator that it calls will.
-    return torch.compiler.is_compiling() or gpu.able(x.device)
+    # While compiling, the device is not checked: the operator that is compiled checks it.
+    return torch.compiler.is_compiling() or gpu.device_supported(x.device)
 
 
-def run(x: Tensor, gradient: Tensor | None, e_lambda: float, statistics: str) -> Tensor:
-    """SimAM of an x that is served, or with the gradient of its output that of x."""
-    kernel = cpu.run if x.is_cpu else gpu.run
-    return kernel(x, gradient, e_lambda, statistics)
+def forward(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
+    """Compute SimAM of a supported x, in the layout of x."""
+    kernel = cpu.forward if x.is_cpu else gpu.forward
+    return kernel(x, e_lambda, statistics)
 
 
-def tell_missing(x: Tensor) -> None:
-    """Warn, once for a type of device, that a fused kernel that should be there is not."""
-    if x.is_cpu and cpu.missing:
-        _warn("CPU", cpu.missing)
-    elif x.is_cuda and gpu.missing and torch.version.cuda is not None:  # not on AMD's
-        _warn("GPU", gpu.missing)
+def backward(grad_output: Tensor, x: Tensor, e_lambda: float, statistics: str) -> Tensor:
+    """Compute the gradient with respect to a supported x, in the layout of x."""
+    kernel = cpu.backward if x.is_cpu else gpu.backward
+    return kernel(grad_output, x, e_lambda, statistics)
+
+
+def warn_if_unavailable(x: Tensor) -> None:
+    """Warn, once per device type, if the device of x should have a fused kernel and has none."""
+    if x.is_cpu and cpu.unavailable_reason:
+        _warn("CPU", cpu.unavailable_reason)
+    # torch for AMD GPUs calls them cuda too; there is no kernel for them.
+    elif x.is_cuda and gpu.unavailable_reason and torch.version.cuda is not None:
+        _warn("GPU", gpu.unavailable_reason)
 
 
 @functools.cache
@@ -93,5 +103,5 @@ def _warn(device: str, reason: str) -> None:
     warnings.warn(
         f"simam runs without its fused {device} kernel, several times slower: {reason}",
         RuntimeWarning,
-        stacklevel=6,  # at the layer or the function that was called
+        stacklevel=6,  # at the caller of the layer or function
     )

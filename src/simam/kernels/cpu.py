@@ -3,13 +3,14 @@
 import ctypes
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layout import fill
+from .layout import run_dense
 
 # As numbered in cpu.h.
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -19,29 +20,41 @@ _ERRORS = {1: "it ran out of memory", 2: "torch's thread pool failed"}
 DTYPES = tuple(_DTYPES)
 
 
-def run(x: Tensor, gradient: Tensor | None, e_lambda: float, statistics: str) -> Tensor:
-    """SimAM of x, or with the gradient of its output that of x; either in the layout of x."""
+def forward(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
+    """Compute SimAM of x, in the layout of x."""
+    return run_dense(partial(_run, e_lambda=e_lambda, statistics=statistics), x)
 
-    def kernel(x: Tensor, gradient: Tensor | None, result: Tensor, strips: bool) -> None:
-        samples, channels = x.shape[:2]
-        error = _library.simam_cpu(
-            x.data_ptr(),
-            None if gradient is None else gradient.data_ptr(),
-            result.data_ptr(),
-            samples,
-            channels,
-            x.numel() // (samples * channels or 1),
-            e_lambda,
-            _DTYPES[x.dtype],
-            strips,
-            _STATISTICS[statistics],
-            _parallel_for,
-            torch.get_num_threads(),
-        )
-        if error:
-            raise RuntimeError(f"the CPU kernel of simam stopped: {_ERRORS[error]}")
 
-    return fill(kernel, x, gradient)
+def backward(grad_output: Tensor, x: Tensor, e_lambda: float, statistics: str) -> Tensor:
+    """Compute the gradient with respect to x, in the layout of x."""
+    return run_dense(partial(_run, e_lambda=e_lambda, statistics=statistics), x, grad_output)
+
+
+def _run(
+    x: Tensor,
+    grad_output: Tensor | None,
+    out: Tensor,
+    channels_last: bool,
+    e_lambda: float,
+    statistics: str,
+) -> None:
+    samples, channels = x.shape[:2]
+    error = _library.simam_cpu(
+        x.data_ptr(),
+        None if grad_output is None else grad_output.data_ptr(),
+        out.data_ptr(),
+        samples,
+        channels,
+        x.numel() // (samples * channels or 1),
+        e_lambda,
+        _DTYPES[x.dtype],
+        channels_last,
+        _STATISTICS[statistics],
+        _parallel_for,
+        torch.get_num_threads(),
+    )
+    if error:
+        raise RuntimeError(f"the CPU kernel of simam stopped: {_ERRORS[error]}")
 
 
 def describe() -> str:
@@ -89,5 +102,5 @@ def _find_parallel_for() -> int | None:
     return None
 
 
-_library, missing = _load()
+_library, unavailable_reason = _load()
 _parallel_for = _find_parallel_for()

@@ -1,10 +1,10 @@
-"""The fused GPU kernels: which of them runs for a tensor, on what tiles, and by how many programs.
+"""The fused GPU kernels: chooses the kernel and its tiles for a tensor, and launches it.
 
-Triton is imported with the first tensor that needs it, not with this file.
+Triton is imported at the first launch, not with this file.
 """
 
 import math
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -12,178 +12,234 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import fill
+from .layout import run_dense
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CAPABILITY = (8, 0)
+MIN_CAPABILITY = (8, 0)
 
-# Elements of a tile that holds its channels whole: at most, where backward has two in registers;
-# so many that short rows fill it together; and at most where strips can be narrower.
-MOST_FORWARD, MOST_BACKWARD = 32768, 16384
-ROWS_TILE, STRIPS_TILE = 2048, 16384
+# The most elements of a tile of whole channels. Backward keeps two tensors in registers.
+MAX_TILE_FORWARD, MAX_TILE_BACKWARD = 32768, 16384
+# Short contiguous channels fill a tile of this many elements together.
+SHORT_CHANNELS_TILE = 2048
 # Elements of a tile that moves along the positions.
-STEP = 4096
-# Bytes of neighbours in strips: a line of the cache, half of it, and the sector that memory is
-# read by. The halves are for programs that read their channels again, from an L2 cache that has
-# to hold what all programs have begun.
-LINE, HALF_LINE, SECTOR = 128, 64, 32
-# Programs that share a channel, at most.
-PARTS = 32
-# Elements of a tile for each warp. Of more than sixteen warps a multiprocessor holds few programs.
-WARP, WARPS, MOST_WARPS = 512, 16, 32
+LOOPED_TILE = 4096
+# Bytes of adjacent channels in a channels-last tile: a cache line, half of it, or the sector, which
+# is the unit of memory reads. Looped kernels take half a line: they read their channels again from
+# an L2 cache that has to hold the channels of all running programs.
+CACHE_LINE, HALF_LINE, SECTOR = 128, 64, 32
+# The most elements of a tile of CACHE_LINE or HALF_LINE; a larger one takes SECTOR.
+WIDE_TILE = 16384
+# The most programs that share a channel.
+MAX_SPLITS = 32
+# Elements per warp of a program, and the most warps. A multiprocessor holds few programs of more
+# than 16 warps, so only the largest tiles take 32.
+ELEMENTS_PER_WARP, USUAL_WARPS, MAX_WARPS = 512, 16, 32
 
 
-class Plan(NamedTuple):
-    """On what tiles a kernel runs, of so many channels by positions, and by how many warps.
+class TileConfig(NamedTuple):
+    """The tile of a program, its warps, and how a channel is divided among programs.
 
-    Whole tiles hold all positions of their channels. Other programs move along the positions in
-    so many steps, and where one has not enough steps for all, several parts share a channel.
+    Attributes:
+        single_pass (bool): whether a tile holds all positions of its channels.
+        block_c (int): channels of a tile, a power of two.
+        block_m (int): positions of a tile, a power of two.
+        num_warps (int): warps of a program.
+        tiles_per_split (int): tiles that one program of a looped kernel moves along.
+        num_splits (int): programs that share a channel.
     """
 
-    whole: bool
-    channels: int
-    positions: int
-    warps: int
-    steps: int = 1
-    parts: int = 1
+    single_pass: bool
+    block_c: int
+    block_m: int
+    num_warps: int
+    tiles_per_split: int = 1
+    num_splits: int = 1
 
 
-def run(x: Tensor, gradient: Tensor | None, e_lambda: float, statistics: str) -> Tensor:
-    """SimAM of x, or with the gradient of its output that of x; either in the layout of x."""
+def forward(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
+    """Compute SimAM of x, in the layout of x."""
+    return run_dense(partial(_run, e_lambda=e_lambda, statistics=statistics), x)
 
-    def kernel(x: Tensor, gradient: Tensor | None, result: Tensor, strips: bool) -> None:
-        if x.numel() == 0:
-            return
-        if not x.is_cuda or x.device.index == torch.cuda.current_device():
-            _launch(x, gradient, result, strips, e_lambda, statistics)
-            return
-        with torch.cuda.device(x.device):
-            _launch(x, gradient, result, strips, e_lambda, statistics)
 
-    return fill(kernel, x, gradient)
+def backward(grad_output: Tensor, x: Tensor, e_lambda: float, statistics: str) -> Tensor:
+    """Compute the gradient with respect to x, in the layout of x."""
+    return run_dense(partial(_run, e_lambda=e_lambda, statistics=statistics), x, grad_output)
 
 
 @cache
-def able(device: torch.device) -> bool:
-    """Whether the kernels run on a device."""
-    return torch.cuda.get_device_capability(device) >= CAPABILITY
+def device_supported(device: torch.device) -> bool:
+    """Return whether the kernels run on a device."""
+    return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
 def describe() -> str:
-    """How the kernels run."""
-    major, minor = CAPABILITY
+    """Describe how the kernels run."""
+    major, minor = MIN_CAPABILITY
     return f"Triton {version('triton')}, where compute capability is {major}.{minor} or above"
 
 
 @lru_cache(maxsize=4096)
-def choose(
+def choose_config(
     samples: int,
     channels: int,
     positions: int,
-    size: int,
-    strips: bool,
+    element_size: int,
+    channels_last: bool,
     backward: bool,
     multiprocessors: int,
-) -> Plan:
-    """The plan for elements of `size` bytes; rows count as those of one sample."""
-    most = MOST_BACKWARD if backward else MOST_FORWARD
-    whole, enough = _power(positions), _power(channels)
-    if strips:
-        # Places in a tile are numbers of 32 bits.
-        longest = _power(2**30 // channels + 1) // 2 or 1
-        for bytes_, limit in ((LINE, STRIPS_TILE), (HALF_LINE, STRIPS_TILE), (SECTOR, most)):
-            width = min(bytes_ // size, enough)
-            if width * whole <= min(limit, most) and whole <= longest:
-                return Plan(True, width, whole, _warps(width * whole))
-        width = min(HALF_LINE // size, enough)
-        length = min(STEP // width, longest)
+) -> TileConfig:
+    """Choose the tiles for a tensor.
+
+    Args:
+        samples (int): N, or 1 in the contiguous layout.
+        channels (int): C, or N * C in the contiguous layout.
+        positions (int): M.
+        element_size (int): bytes of an element.
+        channels_last (bool): the layout.
+        backward (bool): whether the gradient is computed.
+        multiprocessors (int): those of the GPU.
+    """
+    max_tile = MAX_TILE_BACKWARD if backward else MAX_TILE_FORWARD
+    all_positions, all_channels = _next_power_of_two(positions), _next_power_of_two(channels)
+    if channels_last:
+        # Offsets within a tile are 32-bit integers.
+        max_positions = _next_power_of_two(2**30 // channels + 1) // 2 or 1
+        for width, limit in ((CACHE_LINE, WIDE_TILE), (HALF_LINE, WIDE_TILE), (SECTOR, max_tile)):
+            block_c = min(width // element_size, all_channels)
+            fits = block_c * all_positions <= min(limit, max_tile)
+            if fits and all_positions <= max_positions:
+                return TileConfig(True, block_c, all_positions, _num_warps(block_c * all_positions))
+        block_c = min(HALF_LINE // element_size, all_channels)
+        block_m = min(LOOPED_TILE // block_c, max_positions)
     else:
-        if whole <= most:
-            width = min(max(1, ROWS_TILE // whole), enough)
-            return Plan(True, width, whole, _warps(width * whole))
-        width, length = 1, STEP
-    steps, programs = -(-positions // length), samples * -(-channels // width)
+        if all_positions <= max_tile:
+            block_c = min(max(1, SHORT_CHANNELS_TILE // all_positions), all_channels)
+            return TileConfig(True, block_c, all_positions, _num_warps(block_c * all_positions))
+        block_c, block_m = 1, LOOPED_TILE
+    tiles_per_split = _ceil_div(positions, block_m)
+    programs = samples * _ceil_div(channels, block_c)
     if programs < multiprocessors:
-        parts = min(-(-2 * multiprocessors // programs), steps, PARTS)
-        steps = -(-steps // parts)
-    # What steps are rounded up to may need fewer parts.
-    return Plan(
-        False, width, length, _warps(width * length), steps, -(-positions // (steps * length))
-    )
+        splits = min(_ceil_div(2 * multiprocessors, programs), tiles_per_split, MAX_SPLITS)
+        tiles_per_split = _ceil_div(tiles_per_split, splits)
+    # tiles_per_split was rounded up, so fewer splits may be enough.
+    num_splits = _ceil_div(positions, tiles_per_split * block_m)
+    num_warps = _num_warps(block_c * block_m)
+    return TileConfig(False, block_c, block_m, num_warps, tiles_per_split, num_splits)
 
 
-def _warps(elements: int) -> int:
-    if elements > 2 * WARPS * WARP:
-        return MOST_WARPS
-    return min(max(1, elements // WARP), WARPS)
+def _num_warps(elements: int) -> int:
+    if elements > 2 * USUAL_WARPS * ELEMENTS_PER_WARP:
+        return MAX_WARPS
+    return min(max(1, elements // ELEMENTS_PER_WARP), USUAL_WARPS)
 
 
-def _power(number: int) -> int:
-    """The least power of two that is not below."""
+def _next_power_of_two(number: int) -> int:
+    """Return the smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
+
+
+def _ceil_div(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+def _run(
+    x: Tensor,
+    grad_output: Tensor | None,
+    out: Tensor,
+    channels_last: bool,
+    e_lambda: float,
+    statistics: str,
+) -> None:
+    """Launch the kernels on the device of x."""
+    if x.numel() == 0:
+        return
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        _launch(x, grad_output, out, channels_last, e_lambda, statistics)
+        return
+    with torch.cuda.device(x.device):
+        _launch(x, grad_output, out, channels_last, e_lambda, statistics)
 
 
 def _launch(
     x: Tensor,
-    gradient: Tensor | None,
-    result: Tensor,
-    strips: bool,
+    grad_output: Tensor | None,
+    out: Tensor,
+    channels_last: bool,
     e_lambda: float,
     statistics: str,
 ) -> None:
-    kernels, backward = _kernels(), gradient is not None
+    kernels, backward = _triton_kernels(), grad_output is not None
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
-    if not strips:
+    if not channels_last:
         samples, channels = 1, samples * channels
-    plan = choose(
-        samples, channels, positions, x.element_size(), strips, backward, _count(x.device)
+    config = choose_config(
+        samples,
+        channels,
+        positions,
+        x.element_size(),
+        channels_last,
+        backward,
+        _multiprocessors(x.device),
     )
-    maps = (x, gradient, result) if backward else (x, result)
-    statistic = (e_lambda, statistics == "leave_one_out")
-    # How many neighbours may be read at once, where tiles begin and end between them.
-    align = math.gcd(channels, 16) if strips else math.gcd(positions, plan.positions, 16)
-    tile = (strips, align, plan.channels, plan.positions)
-    grid = (samples * -(-channels // plan.channels), plan.parts, 1)
-    options = {"num_warps": plan.warps, "enable_fp_fusion": True}
+    grid = (samples * _ceil_div(channels, config.block_c), config.num_splits, 1)
+    tensors = {"x": x, "dy": grad_output, "dx": out} if backward else {"x": x, "out": out}
+    formula = {"e_lambda": e_lambda, "LEAVE_ONE_OUT": statistics == "leave_one_out"}
+    # Tiles begin and end at multiples of DIVISIBILITY, so that many elements may be read at once.
+    sizes = (channels,) if channels_last else (positions, config.block_m)
+    tile = {
+        "channels": channels,
+        "positions": positions,
+        "CHANNELS_LAST": channels_last,
+        "DIVISIBILITY": math.gcd(*sizes, 16),
+        "BLOCK_C": config.block_c,
+        "BLOCK_M": config.block_m,
+        "num_warps": config.num_warps,
+        "enable_fp_fusion": True,
+    }
+    if config.single_pass:
+        kernel = kernels.backward_single_pass if backward else kernels.forward_single_pass
+        kernel[grid](**tensors, **formula, **tile)
+        return
 
-    if plan.whole:
-        kernel = kernels.backward_whole if backward else kernels.forward_whole
-        kernel[grid](*maps, channels, positions, *statistic, *tile, **options)
+    kernel = kernels.backward_looped if backward else kernels.forward_looped
+    split_stride = samples * channels
+    split = {"tiles_per_split": config.tiles_per_split, "split_stride": split_stride}
+    if config.num_splits == 1:
+        # `partials` is not used, but a pointer has to be passed.
+        kernel[grid](**tensors, partials=x, MAX_SPLITS=1, **split, **formula, **tile)
         return
-    kernel = kernels.backward_along if backward else kernels.forward_along
-    sizes = (channels, positions, plan.steps, samples * channels)
-    if plan.parts == 1:
-        kernel[grid](*maps, x, *sizes, *statistic, *tile, 1, **options)
-        return
-    numbers = kernels.MOMENTS.value + kernels.SUMS.value
-    found = x.new_empty(numbers * plan.parts * samples * channels, dtype=torch.float32)
-    kernels.moments_in_parts[grid](x, found, *sizes, *tile, **options)
+    quantities = kernels.NUM_MOMENTS.value + kernels.NUM_SUMS.value
+    partials = x.new_empty(quantities * config.num_splits * split_stride, dtype=torch.float32)
+    kernels.partial_moments[grid](x=x, partials=partials, **split, **tile)
+    split["MAX_SPLITS"] = MAX_SPLITS
     if backward:
-        kernels.sums_in_parts[grid](x, gradient, found, *sizes, *statistic, *tile, PARTS, **options)
-    kernel[grid](*maps, found, *sizes, *statistic, *tile, PARTS, **options)
+        kernels.partial_sums[grid](
+            x=x, dy=grad_output, partials=partials, **split, **formula, **tile
+        )
+    kernel[grid](**tensors, partials=partials, **split, **formula, **tile)
 
 
 @cache
-def _count(device: torch.device) -> int:
-    """The multiprocessors of a device."""
+def _multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 4  # of none: Triton's interpreter runs on the CPU, one program after the other
+    return 4  # Triton's interpreter runs on the CPU, one program after the other.
 
 
-def _kernels() -> Any:
+def _triton_kernels() -> Any:
     from . import triton_kernels
 
     return triton_kernels
 
 
-def _find_missing() -> str:
-    if torch.version.cuda is None:  # or it is built for AMD, where no kernel was tried
+def _find_unavailable_reason() -> str:
+    if torch.version.cuda is None:  # includes torch for AMD GPUs, where no kernel was tested
         return "this torch is built without CUDA"
     if find_spec("triton") is None:
         return "Triton, which torch brings along on Linux, is not installed; install triton"
     return ""
 
 
-missing = _find_missing()
+unavailable_reason = _find_unavailable_reason()

@@ -1,28 +1,29 @@
-"""What memory a kernel sees: dense, in rows or in strips, all tensors alike."""
+"""Gives kernels dense tensors in one layout: contiguous or channels-last."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-Fill = Callable[[Tensor, Tensor | None, Tensor, bool], None]
+DenseKernel = Callable[[Tensor, Tensor | None, Tensor, bool], None]
 
 
-def fill(kernel: Fill, x: Tensor, gradient: Tensor | None) -> Tensor:
-    """A tensor like x, in its layout, that `kernel(x, gradient, result, strips)` writes.
+def run_dense(kernel: DenseKernel, x: Tensor, grad_output: Tensor | None = None) -> Tensor:
+    """Call `kernel(x, grad_output, out, channels_last)` and return the `out` that it writes.
 
-    Contiguous (rows) and channels-last (strips) tensors are read where they lie, others from a
-    copy.
+    The kernel gets tensors of equal strides, either contiguous or channels-last. An x that is
+    neither, and a grad_output with other strides than x, are copied first. The result has the
+    strides of `torch.empty_like(x)`.
     """
     if x.is_contiguous():
-        strips = False
+        channels_last = False
     elif x.movedim(1, -1).is_contiguous():
-        strips = True
+        channels_last = True
     else:
-        pull = None if gradient is None else gradient.contiguous()
-        return torch.empty_like(x).copy_(fill(kernel, x.contiguous(), pull))
-    if gradient is not None and gradient.stride() != x.stride():
-        gradient = torch.empty_like(x).copy_(gradient)
-    result = torch.empty_like(x)
-    kernel(x, gradient, result, strips)
-    return result
+        grad_output = None if grad_output is None else grad_output.contiguous()
+        return torch.empty_like(x).copy_(run_dense(kernel, x.contiguous(), grad_output))
+    if grad_output is not None and grad_output.stride() != x.stride():
+        grad_output = torch.empty_like(x).copy_(grad_output)
+    out = torch.empty_like(x)
+    kernel(x, grad_output, out, channels_last)
+    return out
