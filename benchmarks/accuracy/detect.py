@@ -201,7 +201,9 @@ def measure(
 
 def listed(categories: dict[int, str]) -> str:
     """Categories in a few words."""
-    return f"{len(categories)} categories ({first_few([f'{i} {n}' for i, n in categories.items()])})"
+    return (
+        f"{len(categories)} categories ({first_few([f'{i} {n}' for i, n in categories.items()])})"
+    )
 
 
 def print_row(row: dict[str, Any]) -> None:

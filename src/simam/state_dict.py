@@ -1,4 +1,4 @@
-"""State dicts: read from files without running code from them, and loaded strictly or not at all."""
+"""State dicts: safe reading from files, and strict loading that changes nothing if it fails."""
 
 import copy
 import os
@@ -141,11 +141,15 @@ def _problem(error: Exception) -> str:
 
 def _misshaped(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:
     """Names of tensors whose shapes differ, each with both shapes."""
+    shapes = {
+        key: (tensor.shape, state[key].shape)
+        for key, tensor in own.items()
+        if key in state and isinstance(tensor, Tensor)  # a module's extra state need not be one
+    }
     return {
-        key: f"{key} (expected {format_shape(own[key].shape)}, got {format_shape(state[key].shape)})"
-        for key in own
-        # A module's extra state need not be a tensor.
-        if key in state and isinstance(own[key], Tensor) and state[key].shape != own[key].shape
+        key: f"{key} (expected {format_shape(expected)}, got {format_shape(got)})"
+        for key, (expected, got) in shapes.items()
+        if expected != got
     }
 
 
@@ -164,13 +168,11 @@ def _is_count(key: str) -> bool:
     return key.rpartition(".")[2] == _COUNT
 
 
-def _with_metadata_of(
-    source: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> OrderedDict[str, Tensor]:
-    """Copy a state dict, with the version metadata that torch attached to the source."""
-    copied: Any = OrderedDict(state)
+def _with_metadata_of(source: Any, state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """Copy a state dict, and give the copy the version metadata that torch attached to another."""
+    copied = OrderedDict(state)
     if hasattr(source, "_metadata"):
-        copied._metadata = copy.copy(source._metadata)
+        copied._metadata = copy.copy(source._metadata)  # type: ignore[attr-defined]
     return copied
 
 
@@ -183,7 +185,7 @@ def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
     ]
     values = [
-        (tensor, tensor.detach().clone())
+        (tensor, tensor.detach(), tensor.detach().clone())
         for tensor in (*model.parameters(), *model.buffers())
         if not tensor.is_meta
     ]
@@ -193,12 +195,14 @@ def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
         for module, before in attributes:
             vars(module).clear()
             vars(module).update(before)
-        with torch.no_grad():
-            for tensor, value in values:
-                if not torch.equal(_bytes(tensor), _bytes(value)):  # some tensors cannot be written
-                    tensor.copy_(value)
+        with torch.inference_mode():  # where tensors made in inference mode can be written, too
+            for tensor, view, value in values:
+                tensor.data = view
+                # An expanded tensor cannot be written, neither here nor by what the model loads.
+                if not torch.equal(_bytes(view), _bytes(value)):
+                    view.copy_(value)
         raise
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -94,7 +94,7 @@ def test_models_measure_gives_the_documented_rows(
             assert quartiles == sorted(quartiles)
 
 
-def test_models_check_refuses_a_model_that_is_not_what_its_name_says() -> None:
+def test_models_check_refuses_unexpected_outputs() -> None:
     x = torch.arange(1.0, 9.0)
     models.check({"plain": 2 * x, "simam": x, "formula": x})
     for name, wrong in (("plain", x), ("formula", 2 * x)):
@@ -106,7 +106,7 @@ def cells(table: str) -> list[list[str]]:
     return [line.split() for line in table.splitlines()]
 
 
-def test_op_goal_table_marks_what_is_beyond_its_goal() -> None:
+def test_op_goal_table_marks_missed_goals() -> None:
     times = {"simam": 2.0, "sigmoid": 2.5, "formula": 11.0, "formula compiled": 4.0}
     row = {
         "shape": "8x64x56x56",
@@ -124,7 +124,7 @@ def test_op_goal_table_marks_what_is_beyond_its_goal() -> None:
     assert " ".join(both[3:]) == "0.182 ! 0.500 ! 0.800 - - 1.500 ! 1.000"
 
 
-def test_gpu_op_goal_table_marks_what_is_beyond_its_goal() -> None:
+def test_gpu_op_goal_table_marks_missed_goals() -> None:
     times = {"clone": 10.0, "simam": 11.0, "formula": 100.0, "formula compiled": 10.0}
     slow = times | {"simam": 22.0, "formula tuned": 44.0} | dict.fromkeys(gpu_op.TIMM, 44.0)
     row = {"shape": "4x64x512x512", "dtype": "bfloat16", "bytes": 134217728}
@@ -141,7 +141,7 @@ def test_gpu_op_goal_table_marks_what_is_beyond_its_goal() -> None:
     assert " ".join(lines[3][4:]) == "0.68 ! 0.22 ! 2.20 ! 0.50 0.50 2.00 !"
 
 
-def test_gpu_models_goal_table_marks_what_is_beyond_its_goal() -> None:
+def test_gpu_models_goal_table_marks_missed_goals() -> None:
     row = {
         "model": "resnet50",
         "task": "training",

@@ -61,7 +61,7 @@ def test_interleave_alternates_starts_and_directions(names: str, expected: list[
     assert times == {name: [1.0] * 4 for name in names}
 
 
-def test_interleave_changes_who_follows_whom() -> None:
+def test_interleave_varies_the_preceding_call() -> None:
     log: list[str] = []
     calls = {name: partial(log.append, name) for name in "abcde"}
     interleave(calls, 0, warm=False, clock=FakeClock(1.0, log), min_rounds=10)
