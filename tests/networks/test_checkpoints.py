@@ -283,7 +283,7 @@ def test_load_checkpoint_refuses_non_module(resnet18_file: Path) -> None:
 def test_load_checkpoint_refuses_other_placement(resnet18_file: Path) -> None:
     model = simam.attach(torchvision.models.resnet18(), where=["layer4.*.conv2", "layer1.0.conv1"])
     assert refusal(model, resnet18_file) == (
-        f"{resnet18_file} has SimAM after 8 convolutions, this network after other ones: "
+        f"{resnet18_file} has SimAM after 8 convolutions, but this network after others: "
         "6 with SimAM only in the file: layer1.0.conv2, layer1.1.conv2, layer2.0.conv2, and 3 "
         "more; 1 with SimAM only in the network: layer1.0.conv1. "
         "Attach SimAM without where= and exclude="
@@ -293,7 +293,9 @@ def test_load_checkpoint_refuses_other_placement(resnet18_file: Path) -> None:
 def test_load_checkpoint_refuses_other_placement_in_timm_mobilenetv2(tmp_path: Path) -> None:
     file = publish(filled("mobilenet_v2"), tmp_path / "authors.pth")
     model = simam.attach(timm.create_model("mobilenetv2_100"), exclude="blocks.0.*")
-    assert "other ones: 1 with SimAM only in the file: blocks.0.0.conv_dw. " in refusal(model, file)
+    assert "after others: 1 with SimAM only in the file: blocks.0.0.conv_dw. " in refusal(
+        model, file
+    )
 
 
 def test_load_checkpoint_refuses_file_of_other_depth(resnet18_file: Path) -> None:

@@ -371,8 +371,8 @@ def test_create_model_pretrained_without_file(base: str) -> None:
     message = (
         f"there are no weights to download for simam_{base}; give a file: pretrained=True, "
         "pretrained_cfg_overlay=dict(file=...), or start from the weights of the network without "
-        f"SimAM: simam.attach(timm.create_model('{base}', pretrained=True), e_lambda=0.1), which needs "
-        "fine-tuning"
+        f"SimAM: simam.attach(timm.create_model('{base}', pretrained=True), e_lambda=0.1), which "
+        "needs fine-tuning"
     )
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         timm.create_model(f"simam_{base}", pretrained=True)
