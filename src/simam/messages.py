@@ -22,7 +22,7 @@ def install_hint(extra: str) -> str:
 
 
 def format_shape(shape: Iterable[int]) -> str:
-    """Write a shape as sizes joined by x, such as 1x3x224x224; a shape without sizes is "scalar"."""
+    """Write a shape as 1x3x224x224, and the empty shape as scalar."""
     return "x".join(map(str, shape)) or "scalar"
 
 
