@@ -189,7 +189,7 @@ def _check_placement(
     ]
     if problems:
         raise ValueError(
-            f"{path} has SimAM after {len(theirs)} convolutions, this network after other ones: "
+            f"{path} has SimAM after {len(theirs)} convolutions, but this network after others: "
             f"{'; '.join(problems)}. Attach SimAM without where= and exclude="
         )
 

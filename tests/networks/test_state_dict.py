@@ -1,4 +1,4 @@
-"""State dicts: how files are read, how differences are described, and what a refusal leaves."""
+"""State dicts: reading, comparing, and refusals that leave the model unchanged bit for bit."""
 
 import warnings
 from collections import OrderedDict
@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from simam.cli.models import load_weights
+from simam.messages import UserError
 from simam.state_dict import compare, load_strictly, read, unwrap
 
 State = dict[str, Tensor]
@@ -68,7 +70,7 @@ class Stubborn(nn.Module):
 
 
 def network(middle: nn.Module | None = None) -> nn.Sequential:
-    """Modules before and after one in the middle, with values that comparisons easily confuse."""
+    """Modules before and after one in the middle; -0.0 and nan are easy to miss when comparing."""
     torch.manual_seed(0)
     model = nn.Sequential(
         OrderedDict(
@@ -87,8 +89,8 @@ def network(middle: nn.Module | None = None) -> nn.Sequential:
     return model
 
 
-def other_state(model: nn.Module) -> State:
-    """The state dict of the model with other values in every tensor, 0.0 for -0.0 among them."""
+def zeros_for(model: nn.Module) -> State:
+    """A state dict that fits the model and is zero everywhere."""
     state = model.state_dict()
     for key, tensor in state.items():
         state[key] = torch.zeros_like(tensor)
@@ -96,7 +98,7 @@ def other_state(model: nn.Module) -> State:
 
 
 def everything(model: nn.Module) -> list[Any]:
-    """All that a refusal must not change: identities, bytes, modes and attributes."""
+    """All that a refusal must keep: tensor identities, bytes and shapes, modes, attributes."""
     found: list[Any] = []
     for path, module in model.named_modules():
         plain = {k: v for k, v in vars(module).items() if not k.startswith("_")}
@@ -110,7 +112,7 @@ def everything(model: nn.Module) -> list[Any]:
 
 
 def refusal(model: nn.Module, state: State) -> str:
-    """What the error says, after checking that the model and the state dict are as they were."""
+    """The error message, after a check that the model and the state dict are unchanged."""
     before, names = everything(model), list(state)
     with pytest.raises(ValueError, match=r"^the weights in a file are not those of") as caught:
         load_strictly(model, state, "a file")
@@ -119,8 +121,8 @@ def refusal(model: nn.Module, state: State) -> str:
     return str(caught.value).removeprefix("the weights in a file are not those of this model, ")
 
 
-def test_load_strictly_everything_sees_every_change() -> None:
-    # The comparison that the tests of refusals stand on fails for each kind of change.
+def test_load_strictly_oracle_sees_every_change() -> None:
+    # `everything`, which the tests below compare, differs after each kind of change.
     changes: list[Callable[[Any], object]] = [
         lambda m: m.conv.weight.data.view(-1)[:1].zero_(),  # -0.0 becomes 0.0
         lambda m: m.norm.num_batches_tracked.add_(1),
@@ -168,7 +170,7 @@ def test_load_strictly_refusal_changes_nothing(
     edit: Callable[[State], State], message: str
 ) -> None:
     model = network()
-    state = edit(other_state(model))
+    state = edit(zeros_for(model))
     assert refusal(model, state) == f"which has 11 tensors; {message}"
     assert compare(state, model.state_dict()) == message
 
@@ -184,11 +186,11 @@ def test_load_strictly_refusal_changes_nothing(
 def test_load_strictly_restores_model_after_refusal_of_a_module(kind: str, message: str) -> None:
     model = network(Stubborn(kind))
     copied: list[bool] = []
-    # The modules before the stubborn one have been copied when it refuses.
+    # When the module in the middle refuses, the modules before it have been filled.
     model.middle.register_load_state_dict_pre_hook(
         lambda *_: copied.append(bool((model.conv.weight == 0).all()))
     )
-    assert refusal(model, other_state(model)).endswith(message)
+    assert refusal(model, zeros_for(model)).endswith(message)
     assert copied == [True]
 
 
@@ -196,7 +198,7 @@ def test_load_strictly_restores_model_after_interrupt() -> None:
     model = network(Stubborn("is interrupted"))
     before = everything(model)
     with pytest.raises(KeyboardInterrupt):
-        load_strictly(model, other_state(model), "a file")
+        load_strictly(model, zeros_for(model), "a file")
     assert everything(model) == before
 
 
@@ -204,7 +206,7 @@ def test_load_strictly_restores_tied_and_expanded_tensors() -> None:
     model = network()
     model.last.weight = model.low.weight = nn.Parameter(torch.rand(4, 3))
     model.register_buffer("expanded", torch.rand(1).expand(4))  # cannot be written by copy_
-    message = refusal(model, other_state(model))
+    message = refusal(model, zeros_for(model))
     assert "expanded" in message
     assert model.last.weight is model.low.weight
 
@@ -212,12 +214,21 @@ def test_load_strictly_restores_tied_and_expanded_tensors() -> None:
 def test_load_strictly_restores_tensors_made_in_inference_mode() -> None:
     with torch.inference_mode():
         model = network()
-    refusal(model, other_state(network()))
+    refusal(model, zeros_for(network()))
+
+
+def test_load_weights_refusal_changes_nothing(tmp_path: Path) -> None:
+    model, file = network(), str(tmp_path / "file.pth")
+    torch.save(without(zeros_for(model), "last.bias"), file)
+    before = everything(model)
+    with pytest.raises(UserError, match=r"which has 11 tensors; 1 missing: last\.bias\. Name"):
+        load_weights(model, file)
+    assert everything(model) == before
 
 
 def test_load_strictly_fills_every_tensor() -> None:
     model = network(FrozenNorm(3))
-    state = other_state(model)
+    state = zeros_for(model)
     load_strictly(model, state, "a file")
     assert not any(tensor.any() for tensor in model.state_dict().values())
     assert model.training
@@ -226,7 +237,7 @@ def test_load_strictly_fills_every_tensor() -> None:
 
 def test_load_strictly_accepts_file_without_batch_counts() -> None:
     model = network()
-    state = without(other_state(model), "norm.num_batches_tracked")
+    state = without(zeros_for(model), "norm.num_batches_tracked")
     assert state._metadata["norm"]["version"] == 2  # type: ignore[attr-defined]
     for old in (state, dict(state)):
         model = network()
@@ -234,13 +245,13 @@ def test_load_strictly_accepts_file_without_batch_counts() -> None:
         load_strictly(model, old, "a file")
         assert not model.norm.running_mean.any()
         assert not model.last.weight.any()
-        assert model.norm.num_batches_tracked in (0, 5)  # which one, torch's versions differ in
+        assert model.norm.num_batches_tracked in (0, 5)  # depends on the version of torch
 
 
 def test_load_strictly_accepts_batch_counts_for_norms_that_keep_none() -> None:
     counted = network(nn.BatchNorm2d(3))
     for norm in (FrozenNorm(3), nn.GroupNorm(1, 3)):
-        state = other_state(counted)
+        state = zeros_for(counted)
         if isinstance(norm, nn.GroupNorm):
             state = without(state, "middle.running_mean", "middle.running_var")
         model = network(norm)
@@ -250,7 +261,7 @@ def test_load_strictly_accepts_batch_counts_for_norms_that_keep_none() -> None:
 
 
 class Versioned(nn.Linear):
-    """A module that renamed its tensor in version 2."""
+    """A module whose tensor was called kernel in version 1."""
 
     _version = 2
 
@@ -293,7 +304,7 @@ def test_load_strictly_keeps_extra_state_that_is_no_tensor() -> None:
             self.note = state
 
     model = network(Extra())
-    state = other_state(network()) | {"middle._extra_state": torch.ones(2)}
+    state = zeros_for(network()) | {"middle._extra_state": torch.ones(2)}
     refusal(model, without(state, "last.bias"))
     assert model.middle.note == "as built"
 
@@ -302,7 +313,7 @@ def test_load_strictly_gives_no_warning() -> None:
     model = network()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_strictly(model, other_state(model), "a file")
+        load_strictly(model, zeros_for(model), "a file")
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", None])
@@ -337,6 +348,6 @@ def test_state_dict_unwrap_keeps_a_prefix_that_some_names_lack() -> None:
     assert unwrap(state) is state
 
 
-def test_state_dict_compare_says_nothing_of_what_fits() -> None:
+def test_state_dict_compare_is_empty_if_all_fits() -> None:
     own = network().state_dict()
-    assert compare(other_state(network()), own) == ""
+    assert compare(zeros_for(network()), own) == ""
