@@ -179,30 +179,30 @@ def _with_metadata_of(source: Any, state: Mapping[str, Tensor]) -> OrderedDict[s
 @contextmanager
 def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Restore the tensors and attributes of all modules if the body raises."""
-    tables = ("_parameters", "_buffers", "_modules")
-    attributes = [
-        (module, {k: copy.copy(v) if k in tables else v for k, v in vars(module).items()})
-        for module in model.modules()
-    ]
-    values = [
-        (tensor, tensor.detach(), tensor.detach().clone())
-        for tensor in (*model.parameters(), *model.buffers())
-        if not tensor.is_meta
-    ]
+    attributes = [vars(module) for module in model.modules()]
+    # Parameters, buffers, submodules and hooks are dicts among the attributes.
+    dicts = [value for each in attributes for value in each.values() if isinstance(value, dict)]
+    contents = [(each, each.copy()) for each in (*attributes, *dicts)]
+    tensors = []
+    storages = {}  # by address, since tensors may share one
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.layout != torch.strided:  # sparse tensors have no storage of their own
+            tensors.append((tensor, tensor.detach().clone()))
+            continue
+        tensors.append((tensor, tensor.detach()))
+        if not tensor.is_meta:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in storages:
+                storages[storage.data_ptr()] = (storage, copy.copy(storage))
     try:
         yield
     except BaseException:
-        for module, before in attributes:
-            vars(module).clear()
-            vars(module).update(before)
-        with torch.inference_mode():  # where tensors made in inference mode can be written, too
-            for tensor, view, value in values:
-                tensor.data = view
-                # An expanded tensor cannot be written, neither here nor by what the model loads.
-                if not torch.equal(_bytes(view), _bytes(value)):
-                    view.copy_(value)
+        for each, before in contents:
+            each.clear()
+            each.update(before)
+        with torch.inference_mode():  # so that tensors made in inference mode can be set, too
+            for tensor, data in tensors:
+                tensor.data = data
+        for storage, content in storages.values():
+            storage.copy_(content)  # bit for bit, whatever the tensor's dtype and strides
         raise
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -211,6 +211,54 @@ def test_load_strictly_restores_tied_and_expanded_tensors() -> None:
     assert model.last.weight is model.low.weight
 
 
+def special(name: str) -> Tensor:
+    values = torch.rand(3)
+    match name:
+        case "quantised":
+            return torch.quantize_per_tensor(values, 0.1, 0, torch.quint8)
+        case "sparse":
+            return values.to_sparse()
+        case "conjugate":
+            return torch.complex(values, values).conj()
+    return values[::2]  # strided: its storage holds an element more
+
+
+# torch warns about its own quantised tensors.
+@pytest.mark.filterwarnings(r"ignore:torch\.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("name", ["quantised", "sparse", "conjugate", "strided"])
+def test_load_strictly_restores_special_tensors(name: str) -> None:
+    model, last = nn.Linear(2, 2), nn.Linear(2, 2)
+    buffer = special(name)
+    model.register_buffer("special", buffer)
+    model.last = last
+    expected = model.special.clone()
+    state = model.state_dict()
+    state |= {"special": special(name), "last.weight": torch.zeros(2, 2)}
+    weight = last.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"1 missing: last\.bias"):
+        load_strictly(model, without(state, "last.bias"), "a file")
+    assert model.special is buffer
+    assert torch.equal(*(t.to_dense() if t.is_sparse else t for t in (model.special, expected)))
+    assert torch.equal(last.weight, weight)
+
+
+def test_load_strictly_keeps_a_hook_that_removes_itself() -> None:
+    model = network()
+    called = []
+
+    def hook(*args: object) -> None:
+        called.append(args)
+        handle.remove()
+
+    handle = model.last.register_load_state_dict_pre_hook(hook)
+    refusal(model, without(zeros_for(model), "conv.bias"))
+    refusal(model, without(zeros_for(model), "conv.bias"))
+    assert len(called) == 2
+    handle.remove()
+    load_strictly(model, zeros_for(model), "a file")
+    assert len(called) == 2
+
+
 def test_load_strictly_restores_tensors_made_in_inference_mode() -> None:
     with torch.inference_mode():
         model = network()
