@@ -12,10 +12,11 @@ SOURCE = Path(__file__).parents[1] / "src" / "simam"
 # From the bottom. A module imports from the layers below its own; within a layer only as listed.
 LAYERS = [
     {"messages"},
+    {"state_dict", "modes", "batches"},  # anyone may import them
     {"kernels"},
     {"reference", "ops"},
     {"functional"},
-    {"module", "placement", "state_dict", "modes", "batches"},
+    {"module", "placement"},
     {"attach", "checkpoints", "models", "recalibrate", "attention_maps"},
     {""},  # simam itself, which holds the public names
     {"cli"},
@@ -76,6 +77,7 @@ def test_imports_run_downwards() -> None:
         ("placement.rule", "from .. import module", ["placement.rule imports module"]),
         ("attach", "from . import cli, module", ["attach imports cli"]),
         ("checkpoints", "from .attach import attach", ["checkpoints imports attach"]),
+        ("state_dict", "from .ops import simam_forward", ["state_dict imports ops"]),
         ("cli.maps", "from ..attach import attach", []),
     ],
 )

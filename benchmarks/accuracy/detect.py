@@ -30,8 +30,7 @@ except ImportError as missing:
     raise SystemExit(2) from None
 
 from simam.cli.models import load_weights
-from simam.messages import UserError
-from simam.state_dict import some
+from simam.messages import UserError, first_few
 
 # What the weights of a detector do not work without; SimAM leaves no trace in them.
 OF_THE_WEIGHTS = ("model", "attention", "e_lambda", "channels", "anchor_sizes")
@@ -202,7 +201,9 @@ def measure(
 
 def listed(categories: dict[int, str]) -> str:
     """Categories in a few words."""
-    return f"{len(categories)} categories ({some([f'{i} {n}' for i, n in categories.items()])})"
+    return (
+        f"{len(categories)} categories ({first_few([f'{i} {n}' for i, n in categories.items()])})"
+    )
 
 
 def print_row(row: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""The authors' published weights, into networks with SimAM attached.
+"""Load the authors' published weights into networks with SimAM attached.
 
-In the authors' networks SimAM is a module between others, which gives some tensors other names
-than they have in torchvision and timm. Here the names are translated; nothing is run from a file.
+The authors' networks hold SimAM as a module among others, so some tensors have other names than in
+torchvision and timm. This file translates the names. No code from a checkpoint is run.
 """
 
 import os
@@ -12,17 +12,19 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from .messages import first_few
 from .module import SimAM
 from .placement import check_module
-from .state_dict import misfits, read_state_dict, some
+from .state_dict import compare, load_strictly, read
 
-E_LAMBDA = 0.1  # of every network whose weights the authors published
+E_LAMBDA = 0.1  # in every network whose weights the authors published
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# The step that holds SimAM: in a ResNet (convolution, SimAM), where a network has the convolution
-# alone; in MobileNetV2 (convolution, SimAM, norm, ...), of which the norm tells.
-_STEP = re.compile(
+# Finds the Sequential that holds SimAM in the authors' networks, by the index of a tensor in it.
+# ResNet: (convolution, SimAM), index 0; other networks have the convolution alone. MobileNetV2:
+# (convolution, SimAM, norm, ReLU6), index 2, which holds tensors only if SimAM precedes the norm.
+_SIMAM_SEQUENTIAL = re.compile(
     r"(?:backbone\.)?(layer\d+\.\d+\.conv2(?=\.0\.)|features\.\d+\.conv\.\d(?=\.2\.))"
 )
 _TO_TORCHVISION = (
@@ -30,42 +32,45 @@ _TO_TORCHVISION = (
     (r"^(features\.\d+\.conv\.\d)\.2\.", r"\1.1."),
     (r"^classifier\.0\.", "classifier.1."),
 )
-_HEADS = {"fc", "classifier", "conv_head", "bn2"}  # what a network of features goes without
+_HEADS = {"fc", "classifier", "conv_head", "bn2"}  # absent from a network without classifier
 
 
 def load_checkpoint(model: Model, path: str | os.PathLike[str]) -> Model:
     """Load the authors' published weights into a network with SimAM, safely and strictly.
 
-    Takes their ImageNet files (ResNet-18, 34, 50, 101, ResNeXt-50 32x4d, MobileNetV2) and the
-    backbone of their detection files, for networks of torchvision or timm with SimAM attached and
-    for the names of `simam.models`. A model with a backbone, as torchvision's detectors, gets the
-    weights there, and all else stays as it is. A network without a classifier takes a file that
-    has one. Files with the network's own names load too.
+    The file is one of the authors' classifiers for ImageNet (ResNet-18, 34, 50, 101, ResNeXt-50
+    32x4d, MobileNetV2) or one of their detectors, of which the backbone is loaded. The model is a
+    torchvision or timm network with SimAM attached, or a model of `simam.models`. If the model has
+    a backbone, as torchvision's detectors have, the weights go into the backbone, and the rest of
+    the model is unchanged. If the network has no classifier, the classifier of the file is left
+    out. A file with the network's own names loads too.
 
-    Nothing but tensors is read from the file, and every tensor of the network is filled. Since
-    the authors trained with `e_lambda=0.1`, their files set that on every SimAM layer.
+    Only tensors are read from the file. The file must fill every tensor of the network, except
+    the batch counts of norms. The authors trained with `e_lambda=0.1`, so their files set
+    `e_lambda` to 0.1 on every SimAM layer.
 
     Args:
         model (nn.Module): the network, changed in place.
-        path (str or PathLike): a file of `torch.save` or a `.safetensors` file: a state dict, or
-            a dict that holds one as "state_dict" or "model".
+        path (str or PathLike): a file written by `torch.save`, or a `.safetensors` file. It holds
+            a state dict, or a dict with a state dict as "state_dict" or "model".
 
     Returns:
-        nn.Module: the model that was given.
+        nn.Module: the same model.
 
     Raises:
         TypeError: model is not a module.
         OSError: the file cannot be opened.
-        ValueError: the model has no SimAM, or has it at other places than the file's network; the
-            file is damaged, could run code, holds no state dict, or does not fit, with the names
-            that are missing, unexpected or of another shape. The model is then as it was.
-        ImportError: a `.safetensors` file without safetensors installed.
+        ValueError: the model has no SimAM, or has SimAM after other convolutions than the file's
+            network; or the file is damaged, could run code, holds no state dict, or does not fit.
+            For a file that does not fit, the message lists the names that are missing, unexpected
+            or of another shape. The model is unchanged.
+        ImportError: the file is a `.safetensors` file, and safetensors is not installed.
 
     Warns:
-        UserWarning: a SimAM layer had another `e_lambda`.
+        UserWarning: a SimAM layer had an `e_lambda` other than 0.1.
 
     Source:
-        Yang et al., ICML 2021, and the files published with it.
+        Yang et al., ICML 2021, and the files published with the paper.
 
     Examples:
         >>> import tempfile, torch
@@ -84,37 +89,37 @@ def load_checkpoint(model: Model, path: str | os.PathLike[str]) -> Model:
             f"this {type(network).__name__} has no SimAM; attach it first: "
             f"simam.attach(model, e_lambda={E_LAMBDA})"
         )
-    content, own = read_state_dict(path), network.state_dict()
+    content, own = read(path), network.state_dict()
     authors = is_authors(content)
-    state = _counted(rename(content, own) if authors else content, own)
-    wrong = misfits(state, own)
+    state = rename(content, own) if authors else content
+    wrong = compare(state, own)
     if wrong:
         raise ValueError(
             f"{path} does not fit this {type(network).__name__}, which has {len(own)} tensors: "
-            f"{wrong}. The model is unchanged; build the one that the file was saved from"
+            f"{wrong}. The model is unchanged; build the network that the file was saved from"
         )
-    _check_places(path, content, own, layers)
-    network.load_state_dict(state)
+    _check_placement(path, content, own, layers)
+    load_strictly(network, state, str(path))
     if authors:
         _set_e_lambda(model, layers.values())
     return model
 
 
 def is_authors(keys: Collection[str]) -> bool:
-    """Whether the names of tensors are those of the authors' networks."""
-    return any(map(_STEP.match, keys))
+    """Check whether tensors have the names of the authors' networks."""
+    return any(map(_SIMAM_SEQUENTIAL.match, keys))
 
 
 def rename(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
-    """Give the tensors of the authors' networks the names that they have in a network.
+    """Rename the tensors of an authors' network to the names of a torchvision or timm network.
 
     Args:
-        state (dict of str to Tensor): an authors' state dict.
-        own (collection of str): the network's names, of torchvision or timm.
+        state (dict of str to Tensor): the state dict of the authors' network.
+        own (collection of str): the names in the torchvision or timm network.
 
     Returns:
-        dict of str to Tensor: those of the backbone, if the file is a detector's, and without a
-            classifier, if the network has none.
+        dict of str to Tensor: the renamed tensors. If the file holds a detector, only the tensors
+            of its backbone; if the network has no classifier, only those before the classifier.
     """
     if any(key.startswith("backbone.") for key in state):
         state = {k[len("backbone.") :]: t for k, t in state.items() if k.startswith("backbone.")}
@@ -124,15 +129,15 @@ def rename(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tenso
 
 
 def _backbone(model: nn.Module) -> nn.Module:
-    """The network inside a model of torchvision that detects or segments, else the model."""
+    """Return the backbone of a torchvision detection or segmentation model, else the model."""
     backbone = getattr(model, "backbone", model)
     body = getattr(backbone, "body", backbone)
     return body if isinstance(body, nn.Module) else model
 
 
 def _name(key: str, own: Collection[str]) -> str:
-    """The name that a network gives to a tensor of the authors'."""
-    if key in own:  # a network written as theirs
+    """Translate the name of a tensor in the authors' networks."""
+    if key in own:  # a network with the authors' structure
         return key
     for pattern, replacement in _TO_TORCHVISION:
         key = re.sub(pattern, replacement, key)
@@ -143,7 +148,7 @@ def _name(key: str, own: Collection[str]) -> str:
 
 
 def _timm_mobilenetv2() -> dict[str, str]:
-    """The modules of torchvision's MobileNetV2 by the names that timm gives them."""
+    """Map the names of modules in torchvision's MobileNetV2 to the names in timm's."""
     names = {"features.0.0": "conv_stem", "features.0.1": "bn1", "classifier.1": "classifier"}
     names |= {"features.18.0": "conv_head", "features.18.1": "bn2"}
     expanded = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2"}
@@ -159,47 +164,46 @@ def _timm_mobilenetv2() -> dict[str, str]:
 _TIMM_MOBILENETV2 = _timm_mobilenetv2()
 
 
-def _check_places(
+def _check_placement(
     path: str | os.PathLike[str],
     state: Collection[str],
     own: Collection[str],
     layers: Collection[str],
 ) -> None:
-    """Refuse a network with SimAM at other places than the file's: it would compute otherwise."""
-    steps = {match[1] for key in state if key not in own and (match := _STEP.match(key))}
-    theirs = {_name(f"{step}.0.weight", own).removesuffix(".weight") for step in steps}
-    ours = {layer.removesuffix(".simam") for layer in layers}
-    if not steps:  # a file with the network's own names, which do not tell
+    """Reject a network whose SimAM placement differs from the checkpoint's.
+
+    The tensors would fit, but the outputs would differ.
+    """
+    matches = (_SIMAM_SEQUENTIAL.match(key) for key in state if key not in own)
+    sequentials = {match[1] for match in matches if match}
+    if not sequentials:  # a file with the network's own names, which do not show where SimAM is
         return
-    wrong = {"without": sorted(theirs - ours), "with, but not there": sorted(ours - theirs)}
-    problems = [f"{len(paths)} {what}: {some(paths)}" for what, paths in wrong.items() if paths]
+    theirs = {_name(f"{path}.0.weight", own).removesuffix(".weight") for path in sequentials}
+    ours = {layer.removesuffix(".simam") for layer in layers}
+    wrong = {
+        "with SimAM only in the file": sorted(theirs - ours),
+        "with SimAM only in the network": sorted(ours - theirs),
+    }
+    problems = [
+        f"{len(paths)} {what}: {first_few(paths)}" for what, paths in wrong.items() if paths
+    ]
     if problems:
         raise ValueError(
-            f"{path} has SimAM after {len(theirs)} convolutions, this network after other ones: "
-            f"{'; '.join(problems)}. Attach it without where= and exclude="
+            f"{path} has SimAM after {len(theirs)} convolutions, but this network after others: "
+            f"{'; '.join(problems)}. Attach SimAM without where= and exclude="
         )
 
 
-def _counted(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, with counts of batches for just the norms that count.
-
-    Files of torch before 0.4.1 have none, and the frozen norms of detectors have no use for them.
-    """
-    counts = {key for key in (*state, *own) if key.endswith(".num_batches_tracked")}
-    fitting = {key: t for key, t in state.items() if key in own or key not in counts}
-    return fitting | {key: own[key] for key in own if key in counts and key not in state}
-
-
 def _set_e_lambda(model: nn.Module, layers: Collection[SimAM]) -> None:
-    were = [layer.e_lambda for layer in layers if layer.e_lambda != E_LAMBDA]
+    replaced = [layer.e_lambda for layer in layers if layer.e_lambda != E_LAMBDA]
     for layer in layers:
         layer.e_lambda = E_LAMBDA
-    arguments = getattr(model, "_model_args", {})  # with which timm's save_for_hf saves a model
+    arguments = getattr(model, "_model_args", {})  # timm's save_for_hf writes them to the file
     if "e_lambda" in arguments:
         arguments["e_lambda"] = E_LAMBDA
-    if were:
+    if replaced:
         warnings.warn(
-            f"set e_lambda={E_LAMBDA} on {len(were)} SimAM layers, as in the network whose "
-            f"weights these are; it was {', '.join(f'{was:g}' for was in sorted(set(were)))}",
+            f"set e_lambda={E_LAMBDA} on {len(replaced)} SimAM layers, because the authors trained "
+            f"these weights with it; it was {', '.join(f'{v:g}' for v in sorted(set(replaced)))}",
             stacklevel=3,
         )

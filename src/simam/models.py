@@ -1,12 +1,12 @@
-"""Networks with SimAM under names of timm; importing this module registers them.
+"""Networks with SimAM for timm's registry; importing this module registers their names.
 
-They are timm's networks with SimAM at the paper's place: after the 3x3 or depthwise convolution of
-every block, before the norm. timm's own `attn_layer=` would put it after the norm.
+Each is a timm network with SimAM where the paper puts it: after the 3x3 or depthwise convolution of
+every block, before the norm. timm's own `attn_layer=` would put SimAM after the norm.
 
-Each takes the arguments of timm's network without the prefix `simam_`, and `e_lambda` (float, 0.1
-by default, the authors' value for ImageNet). Weights come from a file, by `checkpoint_path=` or by
-`pretrained=True, pretrained_cfg_overlay=dict(file=...)`; those that the authors published load too,
-where there are some.
+Each model takes the arguments of the timm model whose name lacks the prefix `simam_`, and
+`e_lambda` (float, by default 0.1, the authors' value for ImageNet). Weights come from a file, by
+`checkpoint_path=` or by `pretrained=True, pretrained_cfg_overlay=dict(file=...)`. The files that
+the authors published for some of these networks load too.
 
 Examples:
     >>> import timm, torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .attach import attach
 from .checkpoints import E_LAMBDA, is_authors, rename
+from .messages import install_hint
 from .module import SimAM
 from .state_dict import unwrap
 
@@ -38,8 +39,8 @@ try:
         register_model,
         resolve_pretrained_cfg,
     )
-except (ImportError, RuntimeError) as error:  # torchvision of another torch: RuntimeError
-    raise ImportError(f'simam.models needs timm ({error}): pip install "simam[timm]"') from error
+except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
+    raise ImportError(f"simam.models needs timm ({error}); {install_hint('timm')}") from error
 
 _Entry: TypeAlias = Callable[..., nn.Module]
 
@@ -47,7 +48,7 @@ _PUBLISHED = {"resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d"
 
 
 def _cfg(first_conv: str, classifier: str, interpolation: str = "bilinear") -> dict[str, Any]:
-    """No weights; images as the authors evaluate them."""
+    """Configure a model without weights, and the image transforms of the authors' evaluation."""
     return {
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
@@ -87,50 +88,51 @@ def _create(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    SimAM(e_lambda=e_lambda)  # refuses what is wrong before the network is built
+    SimAM(e_lambda=e_lambda)  # refuses a wrong value before the network is built
     name = f"simam_{base}"
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
     if pretrained and not (cfg.has_weights or cfg.state_dict):
-        raise RuntimeError(  # as timm does
+        raise RuntimeError(  # the type that timm raises
             f"there are no weights to download for {name}; give a file: pretrained=True, "
-            "pretrained_cfg_overlay=dict(file=...), or start from those of the network without "
-            f"SimAM: simam.attach(timm.create_model({base!r}, pretrained=True), "
+            "pretrained_cfg_overlay=dict(file=...), or start from the weights of the network "
+            f"without SimAM: simam.attach(timm.create_model({base!r}, pretrained=True), "
             f"e_lambda={e_lambda:g}), which needs fine-tuning"
         )
     if base in _PUBLISHED:
-        kwargs["pretrained_filter_fn"] = partial(_own_names, e_lambdas={e_lambda})
+        kwargs["pretrained_filter_fn"] = partial(_to_own_names, e_lambdas={e_lambda})
     model: nn.Module = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
     if base in _PUBLISHED:
         register: Any = model.register_load_state_dict_pre_hook
-        register(_before_loading)
-    # Not left to the analysis of blocks, since timm may have cut them apart for features.
+        register(_rename_before_loading)
+    # Selected by name: with features_only=True, timm may have cut the blocks apart, and the
+    # analysis of `plan` needs whole blocks.
     names = (".conv2", ".conv2.conv", ".conv_dw")
     convolutions = [path for path, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    places = [path for path in convolutions if path.endswith(names)]
-    return attach(model, e_lambda=e_lambda, where=places) if places else model
+    hosts = [path for path in convolutions if path.endswith(names)]
+    return attach(model, e_lambda=e_lambda, where=hosts) if hosts else model
 
 
-def _own_names(
+def _to_own_names(
     content: Mapping[str, Any], model: nn.Module, e_lambdas: set[float]
 ) -> Mapping[str, Any]:
-    """What a file holds; if it is the authors', its tensors by the network's names."""
+    """Rename the tensors of an authors' file to the network's names; keep any other content."""
     state = unwrap(content)
     if not is_authors(state):
         return content
     others = sorted(e_lambdas - {E_LAMBDA})
     if others:
         warnings.warn(
-            f"these weights were trained with e_lambda={E_LAMBDA}, this network has "
-            f"{', '.join(f'{other:g}' for other in others)}, as it was built; for theirs leave "
-            "e_lambda out",
+            f"these weights were trained with e_lambda={E_LAMBDA}, but this network was built with "
+            f"{', '.join(f'{other:g}' for other in others)}; leave e_lambda out for the value of "
+            "the weights",
             stacklevel=2,
         )
     return rename(state, model.state_dict())
 
 
-def _before_loading(model: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
+def _rename_before_loading(model: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
     e_lambdas = {layer.e_lambda for layer in model.modules() if isinstance(layer, SimAM)}
-    renamed = dict(_own_names(state, model, e_lambdas))
+    renamed = dict(_to_own_names(state, model, e_lambdas))
     state.clear()
     state.update(renamed)
 

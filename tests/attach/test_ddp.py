@@ -41,7 +41,7 @@ def work(rank: int, folder: str) -> None:
             {
                 "gradients": found,
                 "layers": sum(isinstance(m, SimAM) for m in model.modules()),
-                "points": [insertion.path for insertion in plan(model)],
+                "hosts": [insertion.path for insertion in plan(model)],
                 "state": list(model.state_dict()),
                 "left": sum(isinstance(m, SimAM) for m in detach(model).modules()),
             },
@@ -57,7 +57,7 @@ def test_ddp_gradients_of_two_processes_match_one(tmp_path: Path) -> None:
     for rank in range(2):
         result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert result["state"] == [f"module.{name}" for name in network().state_dict()]
-        assert result["points"] == ["module.1.conv2", "module.2.conv2"]
+        assert result["hosts"] == ["module.1.conv2", "module.2.conv2"]
         assert (result["layers"], result["left"]) == (2, 0)
         torch.testing.assert_close(
             result["gradients"], {f"module.{name}": grad for name, grad in expected.items()}

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from simam import attach
-from tests.helpers.by_hand import PLACES, example, networks, plain
+from tests.helpers.by_hand import HOSTS, example, networks, plain
 
 # These compute their padding from the size, on which torch.export spends minutes.
-SIZE_IS_FIXED = {name for name in PLACES if name.startswith("timm/tf_")}
+SIZE_IS_FIXED = {name for name in HOSTS if name.startswith("timm/tf_")}
 # timm makes the batch the groups of a convolution, and ONNX needs that number.
 BATCH_IS_FIXED = {"timm/tf_efficientnet_cc_b0_4e"}
 

@@ -71,7 +71,7 @@ def test_load_weights_refuses_weights_that_do_not_fit(tmp_path: Path, capsys: Ca
     torch.save(state, file)
     assert report_error(capsys, SMALL, "--weights", file) == (
         f"the weights in {file} are not those of this model, which has {number} tensors; "
-        "4 missing: conv1.0.weight, bn1.weight, bn1.bias, ...; 1 unexpected: head.weight; "
+        "4 missing: conv1.0.weight, bn1.weight, bn1.bias, and 1 more; 1 unexpected: head.weight; "
         "1 of another shape: fc.weight (expected 1000x96, got 10x5). "
         "Name the model that they were saved from"
     )

@@ -1,7 +1,8 @@
-"""The networks of the paper in the authors' structure, and files in the layout that they published.
+"""The networks of the paper in the authors' structure, and files in the authors' layout.
 
-Written by hand after the paper and the names of the tensors: SimAM is a module of its own behind
-the 3x3 or depthwise convolution. Nothing here comes from the library, torchvision or timm.
+The networks are written by hand from the paper and the names of the published tensors: SimAM is a
+separate module after the 3x3 or depthwise convolution. No code of simam, torchvision or timm is
+used, so the networks are an independent reference.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """The shared form of SimAM, with the value that the authors train ImageNet with."""
+    """The authors' SimAM (shared statistics), with the e_lambda of their ImageNet training."""
 
     def forward(self, x: Tensor) -> Tensor:
         square = (x - x.mean((2, 3), keepdim=True)) ** 2
@@ -131,7 +132,7 @@ class MobileNetV2(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
-# By their names in torchvision.
+# The keys are the names in torchvision.
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: ResNet(Basic, (2, 2, 2, 2), expansion=1),
     "resnet34": lambda: ResNet(Basic, (3, 4, 6, 3), expansion=1),
@@ -143,7 +144,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def filled(name: str) -> Any:
-    """A network in evaluation mode, all its tensors random, those of the norms too."""
+    """Build a network in evaluation mode with random tensors, including those of the norms."""
     with torch.device("meta"):
         network = NETWORKS[name]()
     network = network.to_empty(device="cpu").eval()
@@ -151,7 +152,7 @@ def filled(name: str) -> Any:
     for key, tensor in network.state_dict().items():
         if key.endswith("num_batches_tracked"):
             tensor.fill_(7)
-        elif tensor.dim() > 1:  # keeps the size of what passes through
+        elif tensor.dim() > 1:  # keeps the size of activations from layer to layer
             tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
         elif key.endswith(("bias", "mean")):
             tensor.normal_(0, 0.1, generator=generator)
@@ -169,7 +170,7 @@ def optimizer_state() -> dict[str, Any]:
 
 
 def publish(network: nn.Module, path: Path) -> Path:
-    """Write a file as the authors' training on ImageNet does."""
+    """Write a file in the layout of the authors' ImageNet checkpoints."""
     content = {
         "epoch": 100,
         "arch": "simam",
@@ -182,7 +183,7 @@ def publish(network: nn.Module, path: Path) -> Path:
 
 
 def publish_detector(network: nn.Module, path: Path) -> Path:
-    """Write a file as the authors' training of a detector on COCO does."""
+    """Write a file in the layout of the authors' COCO detection checkpoints."""
     backbone = {
         f"backbone.{key}": tensor
         for key, tensor in network.state_dict().items()

@@ -1,6 +1,6 @@
 """Real networks with SimAM inserted by hand: a second implementation of what attach does.
 
-The places were written down from the definitions of the networks, and the layer from the
+The hosts were written down from the definitions of the networks, and the layer from the
 formula of the paper. Nothing here comes from the library.
 """
 
@@ -44,7 +44,7 @@ RESNET_18 = blocks("layer{stage}.{block}.conv2", (2, 2, 2, 2), 1)
 RESNET_50 = blocks("layer{stage}.{block}.conv2", (3, 4, 6, 3), 1)
 
 # The hosts of SimAM. A MixedConv2d is one host, since it concatenates its convolutions.
-PLACES = {
+HOSTS = {
     "torchvision/resnet18": RESNET_18,
     "torchvision/mobilenet_v2": [
         "features.1.conv.0.0",  # the first block does not expand
@@ -91,7 +91,7 @@ def networks() -> list[object]:
     """
     return [
         pytest.param(name, marks=[] if name in QUICK else pytest.mark.sweep)
-        for name in PLACES
+        for name in HOSTS
         if "rcnn" not in name
     ]
 
@@ -121,7 +121,7 @@ def plain(name: str) -> nn.Module:
 def by_hand(model: nn.Module, name: str, e_lambda: float) -> nn.Module:
     """A copy of the network with SimAM inserted by hand."""
     model = copy.deepcopy(model)
-    for path in PLACES[name]:
+    for path in HOSTS[name]:
         parent, _, child = path.rpartition(".")
         layer = getattr(model.get_submodule(parent), child)
         setattr(model.get_submodule(parent), child, ByHand(layer, e_lambda))

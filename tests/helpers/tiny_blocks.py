@@ -34,7 +34,7 @@ def basic(self, x):
     return (x + self.branch(x)).relu()
 
 
-def points(model: nn.Module) -> list[str]:
+def host_paths(model: nn.Module) -> list[str]:
     return [insertion.path for insertion in plan(model)]
 
 

@@ -1,4 +1,4 @@
-"""The authors' published weights: what loads, and what is refused without a change."""
+"""`load_checkpoint`: which files load, and refusals that leave the model unchanged."""
 
 import importlib
 import os
@@ -21,9 +21,9 @@ from tests.helpers.authors_networks import NETWORKS, filled, publish, publish_de
 
 timm = pytest.importorskip("timm", reason="builds the networks")
 torchvision = pytest.importorskip("torchvision", reason="builds the networks")
-importlib.import_module("simam.models")  # which timm must be there for
+importlib.import_module("simam.models")  # needs timm, so it is imported after the skip
 
-TIMM = {name: name for name in NETWORKS} | {"mobilenet_v2": "mobilenetv2_100"}
+TIMM_NAMES = {name: name for name in NETWORKS} | {"mobilenet_v2": "mobilenetv2_100"}
 COUNT = ".num_batches_tracked"
 
 
@@ -42,7 +42,7 @@ def images() -> Tensor:
 def published(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Published]:
-    """A network in the authors' structure, the file of its weights, and what it computes."""
+    """A network in the authors' structure, its file, and its outputs."""
     name = request.param
     network = filled(name)
     file = publish(network, tmp_path_factory.mktemp("published") / "checkpoint.pth.tar")
@@ -57,7 +57,7 @@ def resnet18_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def attached(name: str = "resnet18", e_lambda: float = 0.1, **options: Any) -> nn.Module:
-    """torchvision's network with SimAM."""
+    """A torchvision network with SimAM attached."""
     model = torchvision.models.get_model(name, weights=None, **options)
     return simam.attach(model.eval(), e_lambda=e_lambda)
 
@@ -77,7 +77,7 @@ def saved(content: object, file: Path) -> Path:
 
 
 def refusal(model: nn.Module, file: str | Path) -> str:
-    """What the error says, after checking that the model is as it was."""
+    """The error message, after a check that the model is unchanged."""
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     values = e_lambdas(model)
     with pytest.raises(ValueError, match=" ") as caught:
@@ -89,27 +89,29 @@ def refusal(model: nn.Module, file: str | Path) -> str:
     return str(caught.value)
 
 
-def test_outputs_of_torchvisions_network(published: Published) -> None:
+def test_load_checkpoint_gives_authors_outputs_in_torchvision(published: Published) -> None:
     model = attached(published.name)
     assert load_checkpoint(model, published.file) is model
     torch.testing.assert_close(logits(model), published.logits)
-    # The weights alone do not compute it.
+    # Without SimAM, the same weights give other outputs.
     assert not torch.allclose(logits(simam.detach(model)), published.logits, rtol=0.01)
 
 
-def test_outputs_of_timms_network(published: Published) -> None:
-    model = simam.attach(timm.create_model(TIMM[published.name]), e_lambda=0.1)
+def test_load_checkpoint_gives_authors_outputs_in_timm(published: Published) -> None:
+    model = simam.attach(timm.create_model(TIMM_NAMES[published.name]), e_lambda=0.1)
     load_checkpoint(model, str(published.file))
     torch.testing.assert_close(logits(model), published.logits)
 
 
-def test_outputs_through_timms_checkpoint_path(published: Published) -> None:
-    model = timm.create_model(f"simam_{TIMM[published.name]}", checkpoint_path=str(published.file))
+def test_create_model_checkpoint_path_gives_authors_outputs(published: Published) -> None:
+    model = timm.create_model(
+        f"simam_{TIMM_NAMES[published.name]}", checkpoint_path=str(published.file)
+    )
     torch.testing.assert_close(logits(model), published.logits)
 
 
-def test_outputs_through_timms_pretrained_file(published: Published) -> None:
-    name, file = f"simam_{TIMM[published.name]}", str(published.file)
+def test_create_model_pretrained_file_gives_authors_outputs(published: Published) -> None:
+    name, file = f"simam_{TIMM_NAMES[published.name]}", str(published.file)
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": file})
     torch.testing.assert_close(logits(model), published.logits)
 
@@ -137,19 +139,21 @@ def resnet50_file(
 
 
 @torch.no_grad()
-def test_backbone_of_a_detector(resnet50: Any, resnet50_file: Path) -> None:
+def test_load_checkpoint_fills_only_backbone_of_detector(
+    resnet50: Any, resnet50_file: Path
+) -> None:
     model = detector().eval()
-    rest = {k: t.clone() for k, t in model.state_dict().items() if ".body." not in k}
+    others = {k: t.clone() for k, t in model.state_dict().items() if ".body." not in k}
     assert load_checkpoint(model, resnet50_file) is model
     x = images().float()
     maps = list(model.backbone.body(x).values())
     assert len(maps) == 4
     for actual, expected in zip(maps, resnet50.features(x), strict=True):
-        scale = expected.abs().max()  # of 50 layers of float32
+        scale = expected.abs().max()  # the error of 50 layers in float32 is relative to it
         torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=1e-5)
     state = model.state_dict()
-    assert len(rest) > 20
-    assert all(torch.equal(state[key], tensor) for key, tensor in rest.items())
+    assert len(others) > 20
+    assert all(torch.equal(state[key], tensor) for key, tensor in others.items())
 
 
 def without_classifier() -> nn.Module:
@@ -175,33 +179,33 @@ def with_pyramid() -> nn.Module:
     ],
 )
 @pytest.mark.parametrize("write", [publish_detector, publish])
-def test_bare_backbone(
+def test_load_checkpoint_into_network_without_classifier(
     build: Callable[[], Any], write: Callable[[nn.Module, Path], Path], tmp_path: Path
 ) -> None:
-    theirs = filled("resnet18")
-    model = load_checkpoint(build(), write(theirs, tmp_path / "theirs.pth"))
+    authors = filled("resnet18")
+    model = load_checkpoint(build(), write(authors, tmp_path / "authors.pth"))
     state = getattr(model, "body", model).state_dict()
-    expected = {key.replace("conv2.0.", "conv2."): t for key, t in theirs.state_dict().items()}
-    # The norms of a pyramid's backbone never change, and do not count.
+    expected = {key.replace("conv2.0.", "conv2."): t for key, t in authors.state_dict().items()}
+    # The norms in a pyramid's backbone are frozen and have no batch counts.
     assert len(state) == (100 if hasattr(model, "fpn") else 120)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in state.items())
 
 
-def test_a_backbone_does_not_fill_a_classifier(tmp_path: Path) -> None:
+def test_load_checkpoint_refuses_backbone_file_for_classifier(tmp_path: Path) -> None:
     file = publish_detector(filled("resnet18"), tmp_path / "epoch_12.pth")
     assert refusal(attached(), file) == (
         f"{file} does not fit this ResNet, which has 122 tensors: 2 missing: fc.weight, fc.bias. "
-        "The model is unchanged; build the one that the file was saved from"
+        "The model is unchanged; build the network that the file was saved from"
     )
 
 
-def test_e_lambda_is_set_and_said(resnet18_file: Path) -> None:
+def test_load_checkpoint_sets_e_lambda_and_warns(resnet18_file: Path) -> None:
     model = attached(e_lambda=1e-4)
     model.layer1[0].conv2.simam.e_lambda = 0.1
     with pytest.warns(UserWarning, match="e_lambda") as caught:
         load_checkpoint(model, resnet18_file)
     assert [str(warning.message) for warning in caught] == [
-        "set e_lambda=0.1 on 7 SimAM layers, as in the network whose weights these are; "
+        "set e_lambda=0.1 on 7 SimAM layers, because the authors trained these weights with it; "
         "it was 0.0001"
     ]
     assert caught[0].filename == __file__
@@ -211,7 +215,7 @@ def test_e_lambda_is_set_and_said(resnet18_file: Path) -> None:
 @pytest.mark.skipif(
     not hasattr(timm.models, "save_for_hf"), reason="this timm does not know local-dir:"
 )
-def test_e_lambda_that_was_set_is_saved_by_timm(resnet18_file: Path, tmp_path: Path) -> None:
+def test_load_checkpoint_e_lambda_survives_save_for_hf(resnet18_file: Path, tmp_path: Path) -> None:
     model = timm.create_model("simam_resnet18", e_lambda=0.5)
     with pytest.warns(UserWarning, match=r"it was 0\.5$"):
         load_checkpoint(model, resnet18_file)
@@ -221,7 +225,7 @@ def test_e_lambda_that_was_set_is_saved_by_timm(resnet18_file: Path, tmp_path: P
     assert torch.equal(logits(again), logits(model))
 
 
-def test_e_lambda_is_that_of_the_network_for_other_files(tmp_path: Path) -> None:
+def test_load_checkpoint_keeps_e_lambda_for_other_files(tmp_path: Path) -> None:
     trained = attached(e_lambda=0.3)
     file = saved({"state_dict": trained.state_dict()}, tmp_path / "own.pth")
     model = load_checkpoint(attached(e_lambda=0.3), file)
@@ -230,22 +234,22 @@ def test_e_lambda_is_that_of_the_network_for_other_files(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_a_network_written_as_the_authors(
+def test_load_checkpoint_into_network_of_authors_structure(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs = filled(name)
-    file = publish(theirs, tmp_path / "theirs.pth")
+    authors = filled(name)
+    file = publish(authors, tmp_path / "authors.pth")
     monkeypatch.setattr(authors_networks, "Attention", simam.SimAM)
     model = filled(name)
     for tensor in model.parameters():
         tensor.data.zero_()
     with pytest.warns(UserWarning, match=r"^set e_lambda=0\.1 on"):
         load_checkpoint(model, file)
-    torch.testing.assert_close(logits(model), logits(theirs))
+    torch.testing.assert_close(logits(model), logits(authors))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_a_file_without_counts_of_batches(name: str, tmp_path: Path) -> None:
+def test_load_checkpoint_accepts_file_without_batch_counts(name: str, tmp_path: Path) -> None:
     network = filled(name)
     content = torch.load(publish(network, tmp_path / "new.pth"), weights_only=True)
     state = {k: t for k, t in content["state_dict"].items() if not k.endswith(COUNT)}
@@ -256,50 +260,53 @@ def test_a_file_without_counts_of_batches(name: str, tmp_path: Path) -> None:
     assert counts
     assert not any(counts)
     torch.testing.assert_close(logits(model), logits(network))
-    model = timm.create_model(f"simam_{TIMM[name]}", checkpoint_path=str(file))
+    model = timm.create_model(f"simam_{TIMM_NAMES[name]}", checkpoint_path=str(file))
     torch.testing.assert_close(logits(model), logits(network))
 
 
-def test_counts_of_batches_are_loaded(resnet18_file: Path) -> None:
+def test_load_checkpoint_loads_batch_counts(resnet18_file: Path) -> None:
     model = load_checkpoint(attached(), resnet18_file)
     assert model.layer1[0].bn1.num_batches_tracked == 7
 
 
-def test_a_model_without_simam(resnet18_file: Path) -> None:
+def test_load_checkpoint_refuses_model_without_simam(resnet18_file: Path) -> None:
     assert refusal(torchvision.models.resnet18(), resnet18_file) == (
         "this ResNet has no SimAM; attach it first: simam.attach(model, e_lambda=0.1)"
     )
 
 
-def test_no_model(resnet18_file: Path) -> None:
+def test_load_checkpoint_refuses_non_module(resnet18_file: Path) -> None:
     with pytest.raises(TypeError, match=r"^expected an nn\.Module, got str$"):
         load_checkpoint("resnet18", resnet18_file)  # type: ignore[type-var]
 
 
-def test_simam_at_other_places(resnet18_file: Path) -> None:
+def test_load_checkpoint_refuses_other_placement(resnet18_file: Path) -> None:
     model = simam.attach(torchvision.models.resnet18(), where=["layer4.*.conv2", "layer1.0.conv1"])
     assert refusal(model, resnet18_file) == (
-        f"{resnet18_file} has SimAM after 8 convolutions, this network after other ones: "
-        "6 without: layer1.0.conv2, layer1.1.conv2, layer2.0.conv2, ...; 1 with, but not there: "
-        "layer1.0.conv1. Attach it without where= and exclude="
+        f"{resnet18_file} has SimAM after 8 convolutions, but this network after others: "
+        "6 with SimAM only in the file: layer1.0.conv2, layer1.1.conv2, layer2.0.conv2, and 3 "
+        "more; 1 with SimAM only in the network: layer1.0.conv1. "
+        "Attach SimAM without where= and exclude="
     )
 
 
-def test_simam_at_other_places_of_timms_mobilenetv2(tmp_path: Path) -> None:
-    file = publish(filled("mobilenet_v2"), tmp_path / "theirs.pth")
+def test_load_checkpoint_refuses_other_placement_in_timm_mobilenetv2(tmp_path: Path) -> None:
+    file = publish(filled("mobilenet_v2"), tmp_path / "authors.pth")
     model = simam.attach(timm.create_model("mobilenetv2_100"), exclude="blocks.0.*")
-    assert "other ones: 1 without: blocks.0.0.conv_dw. " in refusal(model, file)
+    assert "after others: 1 with SimAM only in the file: blocks.0.0.conv_dw. " in refusal(
+        model, file
+    )
 
 
-def test_weights_of_another_network(resnet18_file: Path) -> None:
+def test_load_checkpoint_refuses_file_of_other_depth(resnet18_file: Path) -> None:
     assert refusal(attached("resnet34"), resnet18_file) == (
         f"{resnet18_file} does not fit this ResNet, which has 218 tensors: 80 missing: "
-        "layer1.2.conv1.weight, layer1.2.bn1.weight, layer1.2.bn1.bias, .... The model is "
-        "unchanged; build the one that the file was saved from"
+        "layer1.2.conv1.weight, layer1.2.bn1.weight, layer1.2.bn1.bias, and 77 more. The "
+        "model is unchanged; build the network that the file was saved from"
     )
 
 
-def test_weights_that_differ_in_every_way(resnet18_file: Path, tmp_path: Path) -> None:
+def test_load_checkpoint_lists_all_kinds_of_difference(resnet18_file: Path, tmp_path: Path) -> None:
     content = torch.load(resnet18_file, weights_only=True)
     state = content["state_dict"]
     state["module.layer1.0.se.weight"] = state.pop("module.bn1.bias")
@@ -307,58 +314,65 @@ def test_weights_that_differ_in_every_way(resnet18_file: Path, tmp_path: Path) -
     assert refusal(attached(num_classes=10), file) == (
         f"{file} does not fit this ResNet, which has 122 tensors: 1 missing: bn1.bias; "
         "1 unexpected: layer1.0.se.weight; 2 of another shape: fc.weight (expected 10x512, got "
-        "1000x512), fc.bias (expected 10, got 1000). The model is unchanged; build the one that "
-        "the file was saved from"
+        "1000x512), fc.bias (expected 10, got 1000). The model is unchanged; build the network "
+        "that the file was saved from"
     )
 
 
-def test_weights_of_mobilenetv2_into_a_resnet(tmp_path: Path) -> None:
-    told = refusal(attached(), publish(filled("mobilenet_v2"), tmp_path / "theirs.pth"))
-    assert "102 missing: conv1.weight, bn1.weight, bn1.bias, ...; 260 unexpected: feat" in told
+def test_load_checkpoint_refuses_mobilenetv2_file_for_resnet(tmp_path: Path) -> None:
+    message = refusal(attached(), publish(filled("mobilenet_v2"), tmp_path / "authors.pth"))
+    assert (
+        "102 missing: conv1.weight, bn1.weight, bn1.bias, and 99 more; 260 unexpected: feat"
+        in message
+    )
 
 
 @pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("kept", [0, 1, 2, 60, 4000, 0.5, -1])
-def test_a_truncated_file(new_format: bool, kept: float, tmp_path: Path) -> None:
+def test_load_checkpoint_refuses_truncated_file(
+    new_format: bool, kept: float, tmp_path: Path
+) -> None:
     network = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64))
     file = tmp_path / "checkpoint.pth.tar"
     content = {"state_dict": nn.DataParallel(network).state_dict(), "epoch": 100}
     torch.save(content, file, _use_new_zipfile_serialization=new_format)
     whole = file.read_bytes()
     file.write_bytes(whole[: int(kept * len(whole)) if 0 < kept < 1 else int(kept)])
-    told = refusal(simam.attach(network, where="0"), file)
-    assert told.startswith(f"{file} is refused: ")
-    assert told.endswith(
-        ". It is cut short, damaged, or no file of weights; expected one written by "
+    message = refusal(simam.attach(network, where="0"), file)
+    assert message.startswith(f"{file} is refused: ")
+    assert message.endswith(
+        ". The file is truncated, damaged, or holds no weights; expected one written by "
         "torch.save(model.state_dict(), ...) or a .safetensors file"
     )
-    assert len(told) < 450
+    assert len(message) < 450
 
 
 @pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>Not found</html>", bytes(5000)])
-def test_a_file_that_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
+def test_load_checkpoint_refuses_other_format(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.pth.tar"
     file.write_bytes(content)
     assert " is refused: " in refusal(attached(), file)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ([1, 2], "holds a list"),
         ({"epoch": 3}, "holds 'epoch' with a int"),
         ({"state_dict": {"a": "b"}}, "holds 'a' with a str"),
     ],
 )
-def test_a_checkpoint_without_a_state_dict(content: object, told: str, tmp_path: Path) -> None:
+def test_load_checkpoint_refuses_file_without_state_dict(
+    content: object, message: str, tmp_path: Path
+) -> None:
     file = saved(content, tmp_path / "checkpoint.pth.tar")
     assert refusal(attached(), file) == (
-        f"{file} {told}, expected a state dict (names to tensors), by itself or as "
+        f"{file} {message}, expected a state dict (names to tensors), by itself or as "
         '"state_dict" or "model" of a dict'
     )
 
 
-def test_an_empty_state_dict(tmp_path: Path) -> None:
+def test_load_checkpoint_refuses_empty_state_dict(tmp_path: Path) -> None:
     file = saved({"state_dict": {}}, tmp_path / "checkpoint.pth.tar")
     assert "122 tensors: 102 missing: conv1.weight" in refusal(attached(), file)
 
@@ -372,48 +386,50 @@ class Payload:
 
 
 @pytest.mark.parametrize("by_torch", [True, False])
-def test_a_file_that_would_run_code(by_torch: bool, tmp_path: Path) -> None:
+def test_load_checkpoint_refuses_file_that_would_run_code(by_torch: bool, tmp_path: Path) -> None:
     file, trace = tmp_path / "checkpoint.pth.tar", tmp_path / "ran"
     content = {"state_dict": {"conv1.weight": torch.ones(2)}, "epoch": Payload(trace)}
     if by_torch:
         torch.save(content, file)
     else:
         file.write_bytes(pickle.dumps(Payload(trace), protocol=2))
-    told = refusal(attached(), file)
+    message = refusal(attached(), file)
     assert not trace.exists()
-    assert told.startswith(f"{file} is refused: ")
+    assert message.startswith(f"{file} is refused: ")
     if by_torch:
         assert re.search(
             r"it asks for \w+\.mkdir\. A file that holds more than tensors could run code; "
             r"expected one written by torch\.save",
-            told,
+            message,
         )
-        torch.load(file, weights_only=False)  # the payload is live
+        torch.load(file, weights_only=False)  # the payload does run without the protection
     else:
         pickle.loads(file.read_bytes())
     assert trace.exists()
 
 
-def test_a_file_that_is_missing(tmp_path: Path) -> None:
+def test_load_checkpoint_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No such file"):
         load_checkpoint(attached(), tmp_path / "missing.pth")
 
 
-def test_safetensors(resnet18_file: Path, tmp_path: Path) -> None:
+def test_load_checkpoint_reads_safetensors(resnet18_file: Path, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch", reason="timm brings it")
     state = torch.load(resnet18_file, weights_only=True)["state_dict"]
-    safetensors.save_file(state, tmp_path / "theirs.safetensors")
-    model = load_checkpoint(attached(), tmp_path / "theirs.safetensors")
+    safetensors.save_file(state, tmp_path / "authors.safetensors")
+    model = load_checkpoint(attached(), tmp_path / "authors.safetensors")
     assert torch.equal(logits(model), logits(load_checkpoint(attached(), resnet18_file)))
 
 
-def test_missing_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_checkpoint_names_extra_if_safetensors_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=re.escape('pip install "simam[timm]"')):
         load_checkpoint(attached(), "weights.safetensors")
 
 
-def test_no_warning_where_all_is_as_it_should_be(resnet18_file: Path) -> None:
+def test_load_checkpoint_does_not_warn_if_e_lambda_matches(resnet18_file: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_checkpoint(attached(e_lambda=0.1), resnet18_file)

@@ -1,4 +1,4 @@
-"""The names in timm's registry: networks, arguments, weights, as users of timm expect them."""
+"""Models in timm's registry: names, arguments and weights work as for timm's own models."""
 
 import copy
 import importlib
@@ -20,7 +20,7 @@ import simam
 from tests.helpers.authors_networks import filled, publish
 from tests.helpers.by_hand import ByHand, blocks
 
-timm = pytest.importorskip("timm", reason="the names are timm's")
+timm = pytest.importorskip("timm", reason="registers and builds the models")
 models = importlib.import_module("simam.models")
 
 R18, R34 = (2, 2, 2, 2), (3, 4, 6, 3)
@@ -30,8 +30,8 @@ def resnet(depths: tuple[int, ...]) -> list[str]:
     return blocks("layer{stage}.{block}.conv2", depths, 1)
 
 
-# After the 3x3 or depthwise convolution of every block.
-PLACES = {
+# The hosts of SimAM: the 3x3 or depthwise convolution of every block.
+HOSTS = {
     "simam_resnet18": resnet(R18),
     "simam_resnet34": resnet(R34),
     "simam_resnet50": resnet(R34),
@@ -48,7 +48,7 @@ PLACES = {
         for block in range(1, depth + 1)
     ],
 }
-# One of each family, small.
+# One small network of each family.
 FAMILIES = ["simam_resnet18", "simam_mobilenetv2_100", "simam_convnext_tiny", "simam_regnety_008"]
 
 
@@ -71,7 +71,7 @@ def e_lambdas(model: nn.Module) -> set[float]:
 
 
 def shuffled(model: nn.Module) -> nn.Module:
-    """The model with random norms, of which timm sets some to 0, which hides what is before."""
+    """Make the norms random: timm sets some weights to 0, which would hide the layers before."""
     for key, tensor in model.state_dict().items():
         if tensor.dim() == 1 and tensor.is_floating_point():
             own = re.sub(r"^(body|graph_module|model)\.", "", key)  # inside timm's wrappers
@@ -81,67 +81,64 @@ def shuffled(model: nn.Module) -> nn.Module:
 
 
 def without_values(name: str) -> nn.Module:
-    # timm 1.0's ConvNeXt computes with tensors while it is built.
+    # timm 1.0's ConvNeXt reads values of tensors while it is built.
     with torch.device("cpu" if "convnext" in name else "meta"):
         return timm.create_model(name)
 
 
-saves_folders = pytest.mark.skipif(
-    not hasattr(timm.models, "save_for_hf"), reason="this timm does not know local-dir:"
+needs_save_for_hf = pytest.mark.skipif(
+    not hasattr(timm.models, "save_for_hf"), reason="this timm has no local-dir: models"
 )
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The authors' file of a ResNet-18."""
+def authors_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of a ResNet-18 as the authors publish it."""
     return publish(filled("resnet18"), tmp_path_factory.mktemp("published") / "r18.pth.tar")
 
 
 @pytest.fixture(scope="module")
-def their_logits() -> Tensor:
+def authors_logits() -> Tensor:
     return output(filled("resnet18"))
 
 
-def test_names() -> None:
-    assert timm.list_models("simam_*") == sorted(PLACES, key=timm_order)
+def test_list_models_names() -> None:
+    assert timm.list_models("simam_*") == sorted(HOSTS, key=timm_order)
     assert timm.list_models("simam_*", pretrained=True) == []
-    assert set(PLACES) <= set(models.__all__)
+    assert set(HOSTS) <= set(models.__all__)
 
 
 def timm_order(name: str) -> list[object]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def test_the_group_is_none_of_timms() -> None:
+def test_list_models_group_is_not_one_of_timm() -> None:
+    # timm keeps a group for each module that registers a model. A group of timm's own with this
+    # name would hold models of timm beside these.
+    assert {"resnet", "models"} <= set(timm.list_modules())
     assert timm.list_models(module="models") == timm.list_models("simam_*")
-    groups = "import timm; print(*timm.list_modules())"
-    of_timm = subprocess.run(
-        [sys.executable, "-c", groups], check=True, capture_output=True, text=True
-    ).stdout.split()
-    assert "resnet" in of_timm
-    assert "models" not in of_timm
 
 
-@pytest.mark.parametrize("name", PLACES)
-def test_places(name: str) -> None:
+@pytest.mark.parametrize("name", HOSTS)
+def test_create_model_placement(name: str) -> None:
     model = without_values(name)
-    assert sorted(layers(model)) == sorted(PLACES[name])
+    assert sorted(layers(model)) == sorted(HOSTS[name])
     assert e_lambdas(model) == {0.1}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_analysis_of_attach_finds_the_same_places(name: str) -> None:
+def test_create_model_placement_equals_plan(name: str) -> None:
     plan = simam.plan(timm.create_model(name.removeprefix("simam_")))
-    assert [insertion.path for insertion in plan] == PLACES[name]
+    assert [insertion.path for insertion in plan] == HOSTS[name]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_outputs_are_those_of_simam_by_hand(name: str) -> None:
+def test_create_model_outputs_match_simam_by_hand(name: str) -> None:
     model = shuffled(timm.create_model(name, num_classes=7, e_lambda=0.03))
     reference = timm.create_model(name.removeprefix("simam_"), num_classes=7)
     reference.load_state_dict(model.state_dict())
     plain = output(reference)
-    for path in PLACES[name]:
+    for path in HOSTS[name]:
         parent, _, child = path.rpartition(".")
         block = reference.get_submodule(parent)
         setattr(block, child, ByHand(getattr(block, child), 0.03))
@@ -151,21 +148,21 @@ def test_outputs_are_those_of_simam_by_hand(name: str) -> None:
     assert not torch.allclose(actual, plain, rtol=1e-3)
 
 
-def test_e_lambda() -> None:
+def test_create_model_e_lambda() -> None:
     assert e_lambdas(timm.create_model("simam_resnet18", e_lambda=1e-4)) == {1e-4}
     with pytest.raises(ValueError, match=r"e_lambda must be .*0"):
         timm.create_model("simam_resnet18", e_lambda=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_features(name: str) -> None:
+def test_create_model_features_only(name: str) -> None:
     model = shuffled(timm.create_model(name))
     features = timm.create_model(name, features_only=True)
     state = model.state_dict()
-    if name == "simam_convnext_tiny":  # whose stages timm takes out of their sequence
+    if name == "simam_convnext_tiny":  # timm takes its stages out of their Sequential
         state = {re.sub(r"^(stem|stages)\.", r"\1_", key): t for key, t in state.items()}
     assert not features.load_state_dict(state, strict=False).missing_keys
-    assert len(layers(features)) == len(PLACES[name])
+    assert len(layers(features)) == len(HOSTS[name])
     maps = output(features)
     assert [m.shape[1] for m in maps] == features.feature_info.channels()
 
@@ -179,7 +176,7 @@ def test_features(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hook", "fx", "getter", "dict"])
-def test_features_of_every_kind(kind: str) -> None:
+def test_create_model_features_only_every_feature_class(kind: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model("simam_resnet18", features_only=True)
     torch.manual_seed(0)
@@ -191,7 +188,7 @@ def test_features_of_every_kind(kind: str) -> None:
         torch.testing.assert_close(one, another)
 
 
-def test_features_of_the_first_stages() -> None:
+def test_create_model_features_only_first_stages() -> None:
     model = timm.create_model("simam_resnet18", features_only=True, out_indices=(0, 1))
     assert list(layers(model)) == ["layer1.0.conv2", "layer1.1.conv2"]
     stem = timm.create_model("simam_resnet18", features_only=True, out_indices=(0,))
@@ -199,7 +196,7 @@ def test_features_of_the_first_stages() -> None:
     assert [m.shape for m in output(stem)] == [(2, 64, 32, 32)]
 
 
-def test_channels_and_classes() -> None:
+def test_create_model_channels_and_classes() -> None:
     model = timm.create_model("simam_mobilenetv2_100", in_chans=5, num_classes=4)
     assert output(model, channels=5).shape == (2, 4)
     assert model.num_classes == 4
@@ -208,7 +205,7 @@ def test_channels_and_classes() -> None:
     assert output(timm.create_model("simam_resnet18", num_classes=0)).shape == (2, 512)
 
 
-def test_checkpoint_path_with_own_weights(tmp_path: Path) -> None:
+def test_create_model_checkpoint_path_with_own_weights(tmp_path: Path) -> None:
     model = shuffled(timm.create_model("simam_resnet18", num_classes=5))
     torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "own.pth.tar")
     again = timm.create_model(
@@ -217,16 +214,16 @@ def test_checkpoint_path_with_own_weights(tmp_path: Path) -> None:
     assert torch.equal(output(again), output(model))
 
 
-def test_checkpoint_path_with_plain_weights_of_timm(tmp_path: Path) -> None:
+def test_create_model_checkpoint_path_with_plain_timm_weights(tmp_path: Path) -> None:
     plain = shuffled(timm.create_model("resnet18"))
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
     model = timm.create_model("simam_resnet18", checkpoint_path=str(tmp_path / "plain.pth"))
     assert torch.equal(output(model), output(simam.attach(plain, e_lambda=0.1)))
 
 
-def test_checkpoint_path_that_does_not_fit(theirs: Path) -> None:
+def test_create_model_checkpoint_path_refuses_other_depth(authors_file: Path) -> None:
     with pytest.raises(RuntimeError, match=r"Missing key.*layer1\.2\.conv1\.weight"):
-        timm.create_model("simam_resnet34", checkpoint_path=str(theirs))
+        timm.create_model("simam_resnet34", checkpoint_path=str(authors_file))
 
 
 def file_of(path: Path) -> dict[str, Any]:
@@ -252,38 +249,40 @@ ROUTES: dict[str, Callable[..., nn.Module]] = {
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("arguments", [{}, {"num_classes": 0}, {"features_only": True}])
-def test_the_authors_weights(
-    route: str, arguments: dict[str, Any], theirs: Path, their_logits: Tensor
+def test_create_model_loads_authors_weights(
+    route: str, arguments: dict[str, Any], authors_file: Path, authors_logits: Tensor
 ) -> None:
-    actual = output(ROUTES[route](theirs, **arguments))
+    actual = output(ROUTES[route](authors_file, **arguments))
     if "features_only" in arguments:
         actual = actual[-1].mean((2, 3))
     if arguments:
         actual = filled("resnet18").fc.double()(actual).detach()
-    torch.testing.assert_close(actual, their_logits)
+    torch.testing.assert_close(actual, authors_logits)
 
 
-def test_the_authors_weights_as_they_come_from_an_address(
-    theirs: Path, their_logits: Tensor
+def test_create_model_loads_authors_weights_as_downloaded(
+    authors_file: Path, authors_logits: Tensor
 ) -> None:
-    # timm unpacks files, but not what it downloads.
-    content = torch.load(theirs, weights_only=True)
+    # timm unwraps the state dict of a file, but not of a download.
+    content = torch.load(authors_file, weights_only=True)
     model = timm.create_model(
         "simam_resnet18", pretrained=True, pretrained_cfg_overlay={"state_dict": content}
     )
-    torch.testing.assert_close(output(model), their_logits)
+    torch.testing.assert_close(output(model), authors_logits)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_the_authors_weights_for_other_channels_and_classes(name: str, tmp_path: Path) -> None:
+def test_create_model_loads_authors_weights_for_other_channels_and_classes(
+    name: str, tmp_path: Path
+) -> None:
     network = filled(name)
-    file = publish(network, tmp_path / "theirs.pth.tar")
+    file = publish(network, tmp_path / "authors_file.pth.tar")
     ours = {"resnet18": "simam_resnet18", "mobilenet_v2": "simam_mobilenetv2_100"}[name]
     model = timm.create_model(ours, in_chans=1, num_classes=10, **file_of(file))
     stem = network.conv1 if name == "resnet18" else network.features[0][0]
     first = model.get_submodule(model.pretrained_cfg["first_conv"])
     torch.testing.assert_close(first.weight, stem.weight.sum(1, keepdim=True))
-    # One grey channel for three equal ones: the same features, up to the rounding of that sum.
+    # One grey channel stands for three equal channels: equal features, up to rounding in the sum.
     grey = images(1)
     with torch.no_grad():
         expected = network.double().features(grey.expand(-1, 3, -1, -1))
@@ -294,13 +293,13 @@ def test_the_authors_weights_for_other_channels_and_classes(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_another_e_lambda_than_the_authors_is_kept_and_said(route: str, theirs: Path) -> None:
-    told = (
-        "these weights were trained with e_lambda=0.1, this network has 0.0001, as it was built; "
-        "for theirs leave e_lambda out"
+def test_create_model_keeps_other_e_lambda_and_warns(route: str, authors_file: Path) -> None:
+    message = (
+        "these weights were trained with e_lambda=0.1, but this network was built with 0.0001; "
+        "leave e_lambda out for the value of the weights"
     )
-    with pytest.warns(UserWarning, match=f"^{re.escape(told)}$"):
-        model = ROUTES[route](theirs, e_lambda=1e-4)
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+        model = ROUTES[route](authors_file, e_lambda=1e-4)
     assert e_lambdas(model) == {1e-4}
 
 
@@ -312,23 +311,25 @@ def through_a_file(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, through_a_file])
-def test_copies_take_the_authors_weights(
-    duplicate: Callable[[nn.Module], nn.Module], theirs: Path, their_logits: Tensor
+def test_load_state_dict_of_copies_takes_authors_weights(
+    duplicate: Callable[[nn.Module], nn.Module], authors_file: Path, authors_logits: Tensor
 ) -> None:
     model = duplicate(timm.create_model("simam_resnet18"))
-    model.load_state_dict(timm.models.load_state_dict(str(theirs)))
-    torch.testing.assert_close(output(model), their_logits)
+    model.load_state_dict(timm.models.load_state_dict(str(authors_file)))
+    torch.testing.assert_close(output(model), authors_logits)
 
 
-def test_as_a_part_of_another_network() -> None:
+def test_load_state_dict_of_enclosing_network() -> None:
     model = shuffled(timm.create_model("simam_resnet18"))
     outer, other = nn.Sequential(model), nn.Sequential(timm.create_model("simam_resnet18"))
     other.load_state_dict(outer.state_dict())
     assert torch.equal(output(other), output(outer))
 
 
-@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")  # how timm 1.0 calls it
-def test_gradient_checkpointing() -> None:
+@pytest.mark.filterwarnings(
+    "ignore:torch.utils.checkpoint:UserWarning"
+)  # timm 1.0 omits an argument
+def test_create_model_gradient_checkpointing() -> None:
     model = shuffled(timm.create_model("simam_resnet18", num_classes=3)).double().train()
     results = []
     for enable in (False, True):
@@ -342,9 +343,9 @@ def test_gradient_checkpointing() -> None:
         torch.testing.assert_close(checkpointed, plain)
 
 
-@saves_folders
+@needs_save_for_hf
 @pytest.mark.parametrize("safe", [False, True])
-def test_saved_for_the_hub_and_created_from_the_folder(safe: bool, tmp_path: Path) -> None:
+def test_save_for_hf_round_trip(safe: bool, tmp_path: Path) -> None:
     model = shuffled(
         timm.create_model("simam_mobilenetv2_100", num_classes=5, in_chans=4, e_lambda=0.02)
     )
@@ -355,30 +356,30 @@ def test_saved_for_the_hub_and_created_from_the_folder(safe: bool, tmp_path: Pat
     assert torch.equal(output(again, channels=4), output(model, channels=4))
 
 
-@saves_folders
-def test_the_authors_weights_saved_for_the_hub(
-    theirs: Path, their_logits: Tensor, tmp_path: Path
+@needs_save_for_hf
+def test_save_for_hf_round_trip_of_authors_weights(
+    authors_file: Path, authors_logits: Tensor, tmp_path: Path
 ) -> None:
-    model = timm.create_model("simam_resnet18", **file_of(theirs))
+    model = timm.create_model("simam_resnet18", **file_of(authors_file))
     timm.models.save_for_hf(model, tmp_path / "saved")
     again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
-    torch.testing.assert_close(output(again), their_logits)
+    torch.testing.assert_close(output(again), authors_logits)
 
 
 @pytest.mark.parametrize("base", ["resnet18", "convnext_tiny"])
-def test_pretrained_without_a_file(base: str) -> None:
-    told = (
+def test_create_model_pretrained_without_file(base: str) -> None:
+    message = (
         f"there are no weights to download for simam_{base}; give a file: pretrained=True, "
-        "pretrained_cfg_overlay=dict(file=...), or start from those of the network without SimAM: "
-        f"simam.attach(timm.create_model('{base}', pretrained=True), e_lambda=0.1), which needs "
-        "fine-tuning"
+        "pretrained_cfg_overlay=dict(file=...), or start from the weights of the network without "
+        f"SimAM: simam.attach(timm.create_model('{base}', pretrained=True), e_lambda=0.1), which "
+        "needs fine-tuning"
     )
-    with pytest.raises(RuntimeError, match=f"^{re.escape(told)}$"):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         timm.create_model(f"simam_{base}", pretrained=True)
 
 
-@pytest.mark.parametrize("name", PLACES)
-def test_configuration(name: str) -> None:
+@pytest.mark.parametrize("name", HOSTS)
+def test_create_model_pretrained_cfg(name: str) -> None:
     model = without_values(name)
     cfg = model.pretrained_cfg
     assert cfg["architecture"] == name
@@ -386,7 +387,7 @@ def test_configuration(name: str) -> None:
     assert model.get_submodule(cfg["classifier"]).out_features == cfg["num_classes"] == 1000
 
 
-def test_images_are_prepared_as_by_the_authors() -> None:
+def test_create_model_image_transforms_are_those_of_the_authors() -> None:
     data = timm.data.resolve_model_data_config(timm.create_model("simam_resnet18"))
     assert data["input_size"] == (3, 224, 224)
     assert data["interpolation"] == "bilinear"
@@ -395,15 +396,15 @@ def test_images_are_prepared_as_by_the_authors() -> None:
     assert data["std"] == (0.229, 0.224, 0.225)
 
 
-def test_missing_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_names_extra_if_timm_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "simam.models")
     monkeypatch.setitem(sys.modules, "timm.data", None)
     with pytest.raises(ImportError, match=re.escape('pip install "simam[timm]"')):
         importlib.import_module("simam.models")
 
 
-def test_a_script_of_timms_with_the_launcher_of_the_docs(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "timm.md").read_text()
+def test_launcher_of_docs_runs_script_of_timm(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "timm.md").read_text()
     launcher = re.search(r"```python\n(# with_simam\.py\n.*?)```", page, re.DOTALL)
     assert launcher is not None
     (tmp_path / "with_simam.py").write_text(launcher[1])

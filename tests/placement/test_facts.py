@@ -17,7 +17,7 @@ from simam import attach, plan
 timm = pytest.importorskip("timm", reason="the list names models of timm")
 torchvision = pytest.importorskip("torchvision", reason="the list names models of torchvision")
 
-POINTS = json.loads(Path(__file__).with_name("insertion_points.json").read_text())
+EXPECTED = json.loads(Path(__file__).with_name("insertion_points.json").read_text())
 
 # One model for each way to build or gate a block, and for each convolution subclass. The other
 # models of torchvision repeat these blocks at other widths and depths.
@@ -111,16 +111,16 @@ def build(library: str, name: str) -> nn.Module:
         return builder(**dict.fromkeys(accepted))
 
 
-@pytest.mark.parametrize("name", sampled(POINTS["torchvision"], TORCHVISION_SAMPLE))
+@pytest.mark.parametrize("name", sampled(EXPECTED["torchvision"], TORCHVISION_SAMPLE))
 def test_plan_matches_facts_for_torchvision(name: str) -> None:
     model = build("torchvision", name)
-    assert sorted(i.path for i in plan(model)) == sorted(POINTS["torchvision"][name])
+    assert sorted(i.path for i in plan(model)) == sorted(EXPECTED["torchvision"][name])
 
 
-@pytest.mark.parametrize("name", sampled(POINTS["timm"], TIMM_SAMPLE))
+@pytest.mark.parametrize("name", sampled(EXPECTED["timm"], TIMM_SAMPLE))
 def test_plan_matches_facts_for_timm(name: str) -> None:
     model = build("timm", name)
-    assert sorted(i.path for i in plan(model)) == sorted(POINTS["timm"][name])
+    assert sorted(i.path for i in plan(model)) == sorted(EXPECTED["timm"][name])
 
 
 # torchvision warns about the initial weights of googlenet and inception_v3: not tested here.
@@ -128,7 +128,7 @@ def test_plan_matches_facts_for_timm(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     sampled(
-        POINTS["none"], {n for n in POINTS["none"] if n.startswith("torchvision")} | NONE_SAMPLE
+        EXPECTED["none"], {n for n in EXPECTED["none"] if n.startswith("torchvision")} | NONE_SAMPLE
     ),
 )
 def test_attach_refuses_networks_without_residual_branches(name: str) -> None:
@@ -145,6 +145,6 @@ def test_attach_refuses_networks_without_residual_branches(name: str) -> None:
 
 
 def test_facts_contain_the_samples() -> None:
-    assert POINTS["torchvision"].keys() >= TORCHVISION_SAMPLE
-    assert POINTS["timm"].keys() >= TIMM_SAMPLE
-    assert set(POINTS["none"]) >= NONE_SAMPLE
+    assert EXPECTED["torchvision"].keys() >= TORCHVISION_SAMPLE
+    assert EXPECTED["timm"].keys() >= TIMM_SAMPLE
+    assert set(EXPECTED["none"]) >= NONE_SAMPLE

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from simam import Insertion, Plan, SimAM, attach, plan
-from tests.helpers.tiny_blocks import basic, block, conv, points, snapshot
+from tests.helpers.tiny_blocks import basic, block, conv, host_paths, snapshot
 
 
 @block
@@ -187,7 +187,7 @@ def test_plan_is_a_list_that_prints_as_a_table() -> None:
 
 def test_plan_keeps_the_order_of_the_model() -> None:
     net = nn.ModuleDict({"z": basic(), "a": nn.Sequential(*(basic() for _ in range(11)))})
-    assert points(net) == ["z.conv2", *(f"a.{i}.conv2" for i in range(11))]
+    assert host_paths(net) == ["z.conv2", *(f"a.{i}.conv2" for i in range(11))]
 
 
 @pytest.mark.parametrize("options", [{}, {"where": "*.conv1"}, {"exclude": "1.*"}])
@@ -222,7 +222,7 @@ def test_plan_neither_runs_nor_changes_the_model(net: nn.Module) -> None:
         module.register_forward_pre_hook(called)
     before, state = snapshot(net), torch.get_rng_state()
 
-    assert points(net) == ["1.conv2", "2.a.conv2", "3.inner.conv2"]
+    assert host_paths(net) == ["1.conv2", "2.a.conv2", "3.inner.conv2"]
     assert snapshot(net) == before
     assert (net[-1].calls, net[-1].seen) == (0, [])
     assert torch.equal(torch.get_rng_state(), state)
@@ -231,9 +231,9 @@ def test_plan_neither_runs_nor_changes_the_model(net: nn.Module) -> None:
 def test_plan_works_on_the_meta_device() -> None:
     with torch.device("meta"):
         net = nn.Sequential(basic(), nn.BatchNorm2d(8))
-    assert points(net) == ["0.conv2"]
+    assert host_paths(net) == ["0.conv2"]
 
 
 def test_plan_sees_through_wrappers() -> None:
-    assert points(nn.DataParallel(nn.Sequential(basic()))) == ["module.0.conv2"]
-    assert points(torch.compile(nn.Sequential(basic()))) == ["_orig_mod.0.conv2"]
+    assert host_paths(nn.DataParallel(nn.Sequential(basic()))) == ["module.0.conv2"]
+    assert host_paths(torch.compile(nn.Sequential(basic()))) == ["_orig_mod.0.conv2"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simam import plan
-from tests.helpers.tiny_blocks import Block, assert_refused, basic, block, conv, points
+from tests.helpers.tiny_blocks import Block, assert_refused, basic, block, conv, host_paths
 
 # Elementwise activations only: a softmax is attention, and a GLU is a gate.
 ACTIVATIONS = [
@@ -24,7 +24,7 @@ def test_rule_counts_every_torch_activation_as_non_linear(kind: type[nn.Module])
     def activated(self, x):
         return x + self.conv2(self.act(self.conv1(x)))
 
-    assert points(activated(act=kind())) == ["conv2"]
+    assert host_paths(activated(act=kind())) == ["conv2"]
 
 
 class Swish(torch.autograd.Function):
@@ -52,7 +52,7 @@ def test_rule_counts_a_hand_written_activation_as_non_linear(
     def activated(self, x):
         return x + self.conv2(function(self.conv1(x)))
 
-    assert points(activated()) == ["conv2"]
+    assert host_paths(activated()) == ["conv2"]
 
 
 @block
@@ -182,7 +182,7 @@ NOT_RESIDUAL = [
 def test_rule_refuses_blocks_that_are_not_residual(kind: type[Block]) -> None:
     parts = {"conv3": conv(groups=8), "norm": nn.BatchNorm2d(8)}
     assert_refused(kind(**parts))
-    assert points(nn.ModuleList([kind(**parts), basic()])) == ["1.conv2"]
+    assert host_paths(nn.ModuleList([kind(**parts), basic()])) == ["1.conv2"]
 
 
 def test_rule_counts_a_convolution_after_attention() -> None:
@@ -192,7 +192,7 @@ def test_rule_counts_a_convolution_after_attention() -> None:
         y = (x.flatten(2) @ weights).view_as(x)
         return x + self.conv2(y.relu())
 
-    assert points(mixed()) == ["conv2"]
+    assert host_paths(mixed()) == ["conv2"]
 
 
 class Inverted(nn.Module):
@@ -209,7 +209,7 @@ class Inverted(nn.Module):
 
 def test_rule_counts_a_block_without_skip_with_its_class() -> None:
     net = nn.Sequential(Inverted(2), Inverted(1), Inverted(2))
-    assert points(net) == ["0.conv.2", "1.conv.2", "2.conv.2"]
+    assert host_paths(net) == ["0.conv.2", "1.conv.2", "2.conv.2"]
     assert plan(net)[0].reason == "last spatial convolution of Inverted, whose skip is off here"
 
 
@@ -218,7 +218,7 @@ def test_rule_ignores_a_class_that_is_never_residual() -> None:
     def summed(self, x):
         return self.conv1(x).relu() + self.conv2(x).relu()
 
-    assert points(nn.Sequential(summed(), basic(), summed())) == ["1.conv2"]
+    assert host_paths(nn.Sequential(summed(), basic(), summed())) == ["1.conv2"]
 
 
 def test_rule_does_not_take_a_container_for_its_blocks() -> None:
@@ -228,7 +228,7 @@ def test_rule_does_not_take_a_container_for_its_blocks() -> None:
 
     straight = nn.Sequential(conv(), nn.ReLU(), conv())
     net = nn.Sequential(shifted(body=basic()), shifted(body=straight))
-    assert points(net) == ["0.body.conv2"]
+    assert host_paths(net) == ["0.body.conv2"]
 
 
 @block
@@ -262,4 +262,4 @@ def checked(self, x):
 
 @pytest.mark.parametrize("kind", [matched, summed_where_it_fits, checked])
 def test_rule_follows_conditions_on_shapes(kind: type[Block]) -> None:
-    assert points(kind()) == ["conv2"]
+    assert host_paths(kind()) == ["conv2"]

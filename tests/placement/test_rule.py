@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from simam import SimAM, attach, plan
-from tests.helpers.tiny_blocks import Block, basic, block, conv, points
+from tests.helpers.tiny_blocks import Block, basic, block, conv, host_paths
 
 
 @block
@@ -21,7 +21,7 @@ def test_rule_selects_the_last_spatial_convolution() -> None:
     wide = bottleneck(conv2=conv(5), conv3=conv(1))
     deep = bottleneck(conv3=conv(3))
     net = nn.Sequential(basic(), bottleneck(conv1=conv(1), conv3=conv(1)), wide, deep)
-    assert points(net) == ["0.conv2", "1.conv2", "2.conv2", "3.conv3"]
+    assert host_paths(net) == ["0.conv2", "1.conv2", "2.conv2", "3.conv3"]
 
 
 def test_insertion_names_the_block() -> None:
@@ -133,13 +133,13 @@ def recursive(self, x):
     ],
 )
 def test_rule_recognises_every_spelling_of_the_sum(kind: type[Block]) -> None:
-    assert points(kind()) == ["conv2"]
+    assert host_paths(kind()) == ["conv2"]
 
 
 def test_rule_analyses_a_class_without_source() -> None:
     names = {"Block": Block, "__name__": "__main__"}
     exec("class Typed(Block):\n def forward(self, x): return x + self.branch(x)", names)
-    assert points(names["Typed"]()) == ["conv2"]
+    assert host_paths(names["Typed"]()) == ["conv2"]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_rule_ignores_convolutions_on_the_shortcut(shortcut: nn.Module) -> None:
     def projected(self, x):
         return self.branch(x) + self.shortcut(x)
 
-    assert points(projected(shortcut=shortcut)) == ["conv2"]
+    assert host_paths(projected(shortcut=shortcut)) == ["conv2"]
 
 
 def test_rule_accepts_an_activation_shared_with_the_shortcut() -> None:
@@ -165,7 +165,7 @@ def test_rule_accepts_an_activation_shared_with_the_shortcut() -> None:
         out = self.norm(x).relu()
         return self.branch(out) + self.shortcut(out)
 
-    assert points(pre_activation(norm=nn.BatchNorm2d(8), shortcut=conv(1))) == ["conv2"]
+    assert host_paths(pre_activation(norm=nn.BatchNorm2d(8), shortcut=conv(1))) == ["conv2"]
 
 
 def test_rule_handles_groups_of_residual_blocks() -> None:
@@ -175,8 +175,8 @@ def test_rule_handles_groups_of_residual_blocks() -> None:
 
     body = nn.Sequential(basic(), basic())
     inner = ["body.0.conv2", "body.1.conv2"]
-    assert points(group(body=body, end=conv())) == [*inner, "end"]
-    assert points(group(body=body, end=nn.Identity())) == inner
+    assert host_paths(group(body=body, end=conv())) == [*inner, "end"]
+    assert host_paths(group(body=body, end=nn.Identity())) == inner
 
 
 @block
@@ -211,7 +211,7 @@ def test_rule_does_not_follow_gates(gate: nn.Module) -> None:
         y = self.branch(x)
         return x + y * self.gate(y)
 
-    assert points(gated(gate=gate)) == ["conv2"]
+    assert host_paths(gated(gate=gate)) == ["conv2"]
 
 
 def test_rule_selects_parallel_convolutions() -> None:
@@ -222,7 +222,7 @@ def test_rule_selects_parallel_convolutions() -> None:
 
     pooled = nn.Sequential(nn.AvgPool2d(3, 1, 1), conv(3))
     net = parallel(conv3=conv(5), pooled=pooled, out=conv(1, 24))
-    assert points(net) == ["conv2", "conv3", "pooled.1"]
+    assert host_paths(net) == ["conv2", "conv3", "pooled.1"]
     assert "1 of 3 in parallel" in plan(net)[0].reason
 
 
@@ -233,7 +233,7 @@ def test_rule_follows_paths_weighted_by_a_softmax() -> None:
         weights = self.conv3(paths.sum(1).mean((2, 3), keepdim=True)).view(-1, 2, 4, 1, 1)
         return x + (paths * weights.softmax(1).repeat(1, 1, 2, 1, 1)).sum(1)
 
-    assert points(selective(conv3=conv(1))) == ["conv1", "conv2"]
+    assert host_paths(selective(conv3=conv(1))) == ["conv1", "conv2"]
 
 
 def test_simam_on_parallel_convolutions_equals_simam_on_their_concatenation() -> None:
@@ -252,7 +252,7 @@ def test_simam_on_parallel_convolutions_equals_simam_on_their_concatenation() ->
 @pytest.mark.parametrize("convolution", [nn.Conv1d, nn.Conv3d])
 def test_rule_handles_signals_and_videos(convolution: type[nn.Module]) -> None:
     net = basic(conv1=convolution(8, 8, 3, padding=1), conv2=convolution(8, 8, 3, padding=1))
-    assert points(net) == ["conv2"]
+    assert host_paths(net) == ["conv2"]
 
 
 def test_rule_counts_a_kernel_that_is_spatial_in_one_dimension() -> None:
@@ -262,7 +262,7 @@ def test_rule_counts_a_kernel_that_is_spatial_in_one_dimension() -> None:
 
     across, through = nn.Conv3d(8, 8, (1, 3, 3)), nn.Conv3d(8, 8, (3, 1, 1))
     net = factorised(conv1=across, conv2=through, conv3=nn.Conv3d(8, 8, 1))
-    assert points(net) == ["conv2"]
+    assert host_paths(net) == ["conv2"]
 
 
 def test_rule_counts_a_custom_convolution_class() -> None:
@@ -270,4 +270,4 @@ def test_rule_counts_a_custom_convolution_class() -> None:
         def forward(self, x):
             return F.conv2d(x, self.weight / self.weight.std(), self.bias, padding=1)
 
-    assert points(basic(conv2=Standardised(8, 8, 3))) == ["conv2"]
+    assert host_paths(basic(conv2=Standardised(8, 8, 3))) == ["conv2"]

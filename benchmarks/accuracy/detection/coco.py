@@ -8,8 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from simam.messages import UserError
-from simam.state_dict import some
+from simam.messages import UserError, first_few
 
 EMPTY = 1e-3  # of a pixel; a side that is shorter could vanish in float32
 
@@ -75,7 +74,7 @@ def read(root: Path, split: str, *, masks: bool) -> Split:
     text = _bytes(file)
     content = _parsed(text, file)
     problems = [
-        f"{len(found)} {what}: {some(found)}"
+        f"{len(found)} {what}: {first_few(found)}"
         for what, found in _contradictions(content, folder).items()
         if found
     ]
@@ -179,7 +178,7 @@ def _useful(
             useful.append(annotation | {"id": len(useful) + 1, "iscrowd": crowd})
     left_out = {"with an empty box": empty, "without a mask": maskless}
     notes = [
-        f"{len(ids)} annotations {what} ({some(ids)})" for what, ids in left_out.items() if ids
+        f"{len(ids)} annotations {what} ({first_few(ids)})" for what, ids in left_out.items() if ids
     ]
     return useful, ", ".join(notes)
 

@@ -6,7 +6,6 @@ Pillow, which comes with matplotlib, is imported when the first image is read.
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..attention_maps import attention_maps
 from ..messages import UserError, format_shape, one_line
+from ..placement import match_globs
 from ..reference import gate_bounds
 from .models import Subject, import_optional
 from .progress import Progress
@@ -140,12 +140,10 @@ def _preprocessing(
 def _choose(gates: Mapping[str, Tensor], globs: Iterable[str] | None) -> list[str]:
     if globs is None:
         return list({gate.shape[2:]: path for path, gate in gates.items()}.values())
-    chosen = set()
-    for glob in globs:
-        matches = {path for path in gates if fnmatchcase(path, glob)}
-        if not matches:
-            raise UserError(
-                f"--layers {glob!r} matches none of the SimAM layers: {', '.join(gates)}"
-            )
-        chosen |= matches
+    layers = ", ".join(gates)
+    chosen = match_globs(
+        globs,
+        gates,
+        lambda glob: UserError(f"--layers {glob!r} matches none of the SimAM layers: {layers}"),
+    )
     return [path for path in gates if path in chosen]

@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ..messages import UserError, format_shape, install_hint, one_line
-from ..state_dict import read_state_dict, some
+from ..messages import UserError, install_hint, one_line
+from ..state_dict import load_strictly, read
 
 _FRAMES = 16  # of a video clip; the minimum that every torchvision video model accepts
 
@@ -133,30 +133,15 @@ def load_weights(model: nn.Module, path: str) -> None:
         UserError: the file cannot be read, holds something else, or does not fit the model.
     """
     try:
-        state = read_state_dict(path)
+        state = read(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (ImportError, ValueError) as error:
         raise UserError(str(error)) from error
-    own = model.state_dict()
-    misshaped = [k for k in own if k in state and state[k].shape != own[k].shape]
-    fitting = {k: tensor for k, tensor in state.items() if k not in misshaped}
-    # Left to torch, whose layers accept some differences, such as files of older versions.
-    missing, unexpected = model.load_state_dict(fitting, strict=False)
-    wrong = {
-        "missing": [k for k in missing if k not in misshaped],
-        "unexpected": unexpected,
-        "of another shape": [
-            f"{k} (expected {format_shape(own[k].shape)}, got {format_shape(state[k].shape)})"
-            for k in misshaped
-        ],
-    }
-    problems = [f"{len(keys)} {what}: {some(keys)}" for what, keys in wrong.items() if keys]
-    if problems:
-        raise UserError(
-            f"the weights in {path} are not those of this model, which has {len(own)} tensors; "
-            f"{'; '.join(problems)}. Name the model that they were saved from"
-        )
+    try:
+        load_strictly(model, state, path)
+    except ValueError as error:
+        raise UserError(f"{error}. Name the model that they were saved from") from error
 
 
 def spaced(shape: Iterable[int]) -> str:

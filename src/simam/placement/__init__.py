@@ -1,6 +1,6 @@
 """Where SimAM goes in an existing network, and how the answer is shown; nothing is changed here."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -12,7 +12,16 @@ from ..messages import first_few, table
 from .dataflow import is_convolution
 from .rule import Insertion, Unanalysed, describe_host, find_insertions
 
-__all__ = ["Insertion", "Plan", "Selector", "Unanalysed", "check_module", "list_unanalysed", "plan"]
+__all__ = [
+    "Insertion",
+    "Plan",
+    "Selector",
+    "Unanalysed",
+    "check_module",
+    "list_unanalysed",
+    "match_globs",
+    "plan",
+]
 
 Selector: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -116,6 +125,19 @@ def list_unanalysed(unanalysed: Sequence[Unanalysed]) -> str:
     return first_few([f"{u.block or 'the model itself'} ({u.reason})" for u in unanalysed])
 
 
+def match_globs(
+    globs: Iterable[str], paths: Collection[str], unmatched: Callable[[str], Exception]
+) -> set[str]:
+    """Return the paths that match a glob; raise `unmatched(glob)` for a glob that matches none."""
+    chosen = set()
+    for glob in globs:
+        matches = {path for path in paths if fnmatchcase(path, glob)}
+        if not matches:
+            raise unmatched(glob)
+        chosen |= matches
+    return chosen
+
+
 def _select(
     selector: Selector, modules: dict[str, nn.Module], argument: str, of_what: str
 ) -> set[str]:
@@ -125,27 +147,24 @@ def _select(
         callable(selector) or isinstance(selector, Iterable)
     ):
         raise TypeError(f"{form}, got {selector!r}")
-    chosen = set()
     if callable(selector):
         chosen = {path for path, module in modules.items() if selector(path, module)}
     else:
         globs = [selector] if isinstance(selector, str) else list(selector)
         if not all(isinstance(glob, str) for glob in globs):
             raise TypeError(f"{form}, got {selector!r}")
-        for glob in globs:
-            matches = {path for path in modules if fnmatchcase(path, glob)}
-            if not matches:
-                raise ValueError(_unmatched(f"{argument}={glob!r}", glob, modules, of_what))
-            chosen |= matches
+        chosen = match_globs(
+            globs, modules, lambda glob: _unmatched(f"{argument}={glob!r}", glob, modules, of_what)
+        )
     if not chosen:
         raise ValueError(f"{argument}={selector!r} selects none of {of_what}")
     return chosen
 
 
-def _unmatched(asked: str, glob: str, modules: Iterable[str], of_what: str) -> str:
+def _unmatched(asked: str, glob: str, modules: Iterable[str], of_what: str) -> ValueError:
     close = get_close_matches(glob, modules, n=3, cutoff=0.4)
     hint = f"; close to it: {', '.join(close)}" if close else ""
-    return f"{asked} matches none of {of_what}{hint}"
+    return ValueError(f"{asked} matches none of {of_what}{hint}")
 
 
 def _nothing_found(model: nn.Module, unanalysed: Sequence[Unanalysed]) -> str:

@@ -1,6 +1,6 @@
 """The rule: SimAM follows the last spatial convolutions of every residual block.
 
-Source: the authors' networks (Yang et al., ICML 2021, section 4), stated as a rule. `datagraph.py`
+Source: the authors' networks (Yang et al., ICML 2021, section 4), stated as a rule. `dataflow.py`
 computes the branch of a residual block. A block without a skip, because it changes the shape,
 counts if blocks of its class are residual elsewhere in the model. Every candidate block is analysed
 alone: a block that cannot be traced costs only itself, and is reported. See README.md in this
