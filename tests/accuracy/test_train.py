@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-for package in ("timm", "torchvision", "matplotlib"):
+for package in ("numpy", "timm", "torchvision", "matplotlib"):
     pytest.importorskip(package, reason="the training scripts need the extra train")
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
+import numpy as np
 from PIL import Image
 
 import simam

@@ -129,7 +129,7 @@ def _read_idx(path: Path, dimensions: int) -> Array:
         sizes = np.frombuffer(content[4:start], ">u4").tolist()
     if not sizes or values.size != math.prod(sizes):
         raise UserError(
-            f"{path} is damaged: expected an IDX file of uint8 with {dimensions} dimensions"
+            f"{path} is damaged: expected an IDX file of rank {dimensions} and dtype uint8"
         )
     return values.reshape(sizes)
 
