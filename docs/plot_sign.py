@@ -1,4 +1,4 @@
-"""Draw docs/images/sign.svg: the energy over w, with the paper's w and the right one."""
+"""Draw docs/images/sign.svg: the energy as a function of w, at the paper's w and the correct w."""
 
 from pathlib import Path
 
@@ -11,36 +11,39 @@ E_LAMBDA = 1e-4
 
 
 def energy(w: torch.Tensor) -> torch.Tensor:
-    """The definition, with the best b for each w."""
+    """The energy by its definition in the paper, with the best b for each w."""
     b = -(TARGET + OTHERS.mean()) * w / 2
-    others = (-1 - (w[:, None] * OTHERS + b[:, None])).square().mean(1)
-    return others + (1 - (w * TARGET + b)).square() + E_LAMBDA * w.square()
+    error_others = (-1 - (w[:, None] * OTHERS + b[:, None])).square().mean(1)
+    error_target = (1 - (w * TARGET + b)).square()
+    return error_others + error_target + E_LAMBDA * w.square()
 
 
 def main() -> None:
-    """Draw."""
-    shift = TARGET - OTHERS.mean()
-    scale = 2 * (OTHERS.var(correction=0) + E_LAMBDA)
-    right = (2 * shift / (shift.square() + scale)).reshape(1)
-    minimum = 2 * scale / (shift.square() + scale)
+    """Compute the two values of w and draw the plot."""
+    # The names and formulas of docs/theory.md.
+    delta = TARGET - OTHERS.mean()
+    variance = OTHERS.var(correction=0)
+    denominator = delta.square() + 2 * (variance + E_LAMBDA)
+    derived = (2 * delta / denominator).reshape(1)
+    minimum = 4 * (variance + E_LAMBDA) / denominator
     w = torch.linspace(-1.4, 2.2, 200, dtype=torch.float64)
 
     plt.rcParams.update({"svg.hashsalt": "simam", "font.size": 10, "axes.titlesize": 11})
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     axis.plot(w, energy(w), color="#0072b2")
     axis.axhline(minimum.item(), color="0.6", linestyle=":", zorder=0)
-    axis.plot(right, energy(right), "o", color="#0072b2")
-    axis.plot(-right, energy(-right), "X", color="#d55e00", markersize=8)
+    axis.plot(derived, energy(derived), "o", color="#0072b2")
+    axis.plot(-derived, energy(-derived), "X", color="#d55e00", markersize=8)
     axis.annotate(
-        f"w as derived here:\ne = {energy(right).item():.2f}, the minimum e*",
-        (right.item(), energy(right).item()),
-        (right.item(), 4.5),
+        f"w as derived here:\ne = {energy(derived).item():.2f}, the minimum e*",
+        (derived.item(), energy(derived).item()),
+        (derived.item(), 4.5),
         ha="center",
         arrowprops={"arrowstyle": "-", "color": "0.6", "shrinkB": 5},
     )
     axis.annotate(
-        f"w as printed in the paper:\ne = {energy(-right).item():.2f}",
-        (-right.item(), energy(-right).item()),
+        f"w as printed in the paper:\ne = {energy(-derived).item():.2f}",
+        (-derived.item(), energy(-derived).item()),
         (12, 4),
         textcoords="offset points",
     )

@@ -29,7 +29,7 @@ from benchmarks.accuracy.classification.options import ATTENTION, parse
 from benchmarks.accuracy.common.checkpoint import load, write_json
 from benchmarks.accuracy.common.log import png_figure
 from benchmarks.accuracy.common.options import require_extra
-from benchmarks.speed.timing import facts
+from benchmarks.speed.timing import machine_info
 from simam.messages import UserError
 
 PROG = "python -m benchmarks.accuracy.compare"
@@ -193,7 +193,7 @@ def describe(
 ) -> dict[str, Any]:
     """The conditions of the comparison: machine, versions, date and arguments."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return facts(
+    return machine_info(
         date=date.today().isoformat(),
         device=train_options.device or device,
         cores=os.cpu_count(),

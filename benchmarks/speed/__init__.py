@@ -1,1 +1,1 @@
-"""How fast SimAM is: one layer, and whole models."""
+"""Speed of SimAM: one layer and whole models, on a CPU and on a GPU."""

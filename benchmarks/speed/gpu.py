@@ -1,7 +1,9 @@
-"""On a GPU machine: run the tests of the GPU, time one layer and whole models, print a table.
+"""Test and time simam on a GPU: run the GPU tests, time one layer and whole models.
 
-One command, under ten minutes, without a download; from a checkout that is not installed:
-PYTHONPATH=src python benchmarks/gpu.py
+Prints tables that compare simam with its goals. Writes JSON. Takes less than ten minutes and
+downloads nothing. From the root of a checkout that is not installed:
+
+    PYTHONPATH=src python -m benchmarks.speed.gpu
 """
 
 import argparse
@@ -16,19 +18,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed import gpu_models, gpu_op
-from benchmarks.speed.timing import facts, write
+from . import gpu_models, gpu_op
+from .options import require_packages
+from .timing import machine_info, write_results
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[2]
-# Those that the device fixture runs on a GPU too, and those that are of the GPU alone.
-TESTS = ("functional", "gradient", "precision", "layouts", "module", "transforms", "triton_kernels")
 
 
 def run_tests(seconds: float) -> str:
-    """How the tests that need a GPU end."""
-    files = [f"tests/test_{name}.py" for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda or triton_kernels", *files]
+    """Run the tests that need a GPU; return the last line of pytest."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
     try:
@@ -36,31 +36,62 @@ def run_tests(seconds: float) -> str:
     except subprocess.TimeoutExpired as error:
         output = error.stdout or b""
         print(output.decode() if isinstance(output, bytes) else output)
-        return f"not through after {seconds:.0f} s"
+        return f"not finished after {seconds:.0f} s"
     print(done.stdout)
     return done.stdout.strip().splitlines()[-1]
 
 
 def main() -> None:
-    """Test, measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tests", type=float, default=180, metavar="S", help="at most; 0: none")
-    parser.add_argument("--op", type=float, default=210, metavar="S", help="no new case after")
-    parser.add_argument("--models", type=float, default=120, metavar="S", help="no new case after")
-    parser.add_argument("--json", type=Path, default=RESULTS / "gpu.json")
+    """Test, measure, write and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--tests",
+        type=float,
+        default=180,
+        metavar="S",
+        help="stop the tests after S seconds, 0 to skip them; default: 180",
+    )
+    parser.add_argument(
+        "--op",
+        type=float,
+        default=210,
+        metavar="S",
+        help="start no new case of the layer after S seconds; default: 210",
+    )
+    parser.add_argument(
+        "--models",
+        type=float,
+        default=120,
+        metavar="S",
+        help="start no new case of the models after S seconds; default: 120",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=RESULTS / "gpu.json",
+        help="file to write; default: the committed results",
+    )
     options = parser.parse_args()
+    require_packages(parser, "timm", "timm", "torchvision")
+    if options.tests:
+        require_packages(parser, "test", "pytest", "hypothesis")
     if not torch.cuda.is_available():
         parser.error("expected a GPU that torch can use, found none")
-    # Backward is timed alone, so that what forward saved is used more than once.
+    # Backward is timed alone, several times after one forward pass, so compiled code must not
+    # reuse the memory of what the forward pass saved.
     torch._functorch.config.donated_buffer = False
 
-    about: dict[str, Any] = facts(
+    info: dict[str, Any] = machine_info(
         device=torch.cuda.get_device_name(),
         date=datetime.date.today().isoformat(),
         triton=version("triton"),
         cuda=torch.version.cuda,
     )
-    about["tests"] = run_tests(options.tests) if options.tests else "not run"
+    info["tests"] = run_tests(options.tests) if options.tests else "not run"
     measured: dict[str, list[dict[str, Any]]] = {"op": [], "models": []}
     for name, module, seconds in (
         ("op", gpu_op, options.op),
@@ -68,12 +99,13 @@ def main() -> None:
     ):
         for case in module.cases(time.perf_counter() + seconds):
             measured[name].append(case)
-            write(options.json, about | {"models": measured["models"]}, measured["op"])
+            write_results(options.json, info | {"models": measured["models"]}, measured["op"])
             print(name, *list(case.values())[:4], flush=True)
 
-    print(f"\n{about['device']}, torch {torch.__version__}, Triton {about['triton']}")
-    print("tests:", about["tests"], "\n")
-    print(*gpu_op.table(measured["op"]), "", *gpu_models.table(measured["models"]), sep="\n")
+    print(f"\n{info['device']}, torch {torch.__version__}, Triton {info['triton']}")
+    print(f"tests: {info['tests']}\n")
+    print(gpu_op.goal_table(measured["op"]))
+    print("\n" + gpu_models.goal_table(measured["models"]))
 
 
 if __name__ == "__main__":

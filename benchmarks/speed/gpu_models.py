@@ -1,31 +1,32 @@
-"""Time whole models on a GPU: plain, with the authors' formula, with simam. See gpu.py."""
+"""Times whole models on a GPU: plain, with the authors' formula, with simam. Used by gpu.py."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model
 
 import simam
-from benchmarks.speed.models import Formula, attached, settle
-from benchmarks.speed.timing import quartiles
+from simam.messages import table
+
+from .models import variants
+from .timing import Call, interleave, quartiles, synchronized_clock
 
 DEVICE = "cuda"
 MODELS = ("resnet50", "mobilenet_v2")
-# What is timed, and of how many images.
+# What is timed, and the number of images.
 TASKS = (
     ("inference", 1),
     ("inference, CUDA graph", 1),
     ("inference", 256),
     ("training", 256),
 )
-LARGE = 16  # images from which on a batch is channels last, in bfloat16
+LARGE_BATCH = 16  # batches of at least this size are channels_last, and bfloat16 by autocast
 SECONDS = 10.0
 
-# Largest time by that of the plain model.
+# Largest ratio of simam's time to that of the plain model.
 GOALS = {
     ("resnet50", "training"): 1.03,
     ("mobilenet_v2", "training"): 1.08,
@@ -35,25 +36,32 @@ GOALS = {
 
 
 def cases(end: float) -> Iterator[dict[str, Any]]:
-    """The cases of the JSON, for as long as there is time."""
+    """Measure cases of the JSON; start no new one after `end`, a time of time.perf_counter."""
+    from torchvision.models import get_model
+
     for name in MODELS:
         torch.manual_seed(0)
         plain = get_model(name, weights=None).to(DEVICE, memory_format=torch.channels_last)
-        found = {"plain": plain, "formula": attached(plain, Formula()), "simam": attached(plain)}
-        for model in found.values():
-            settle(model)
+        models = variants(plain)
         for task, batch in TASKS:
             if time.perf_counter() > end:
                 return
-            yield measure(name, found, task, batch)
+            yield measure(name, models, task, batch)
 
 
 def measure(name: str, models: dict[str, nn.Module], task: str, batch: int) -> dict[str, Any]:
-    """Milliseconds, their ratio to the plain model round by round, and the peak of memory."""
+    """Measure one case.
+
+    Returns:
+        dict: model, task, batch and rounds; under "ms" the quartiles of the milliseconds by
+            variant; under "ratio" the quartiles of the time divided, round by round, by the time
+            of the plain model; under "peak bytes" the peak memory by variant; under "activation
+            bytes" the size of all outputs of simam.
+    """
     x = torch.randn(batch, 3, 224, 224, device=DEVICE)
-    if batch >= LARGE:
+    if batch >= LARGE_BATCH:
         x = x.contiguous(memory_format=torch.channels_last)
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Call] = {}
     for key, model in models.items():
         if task == "training":
             optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9)
@@ -63,8 +71,8 @@ def measure(name: str, models: dict[str, nn.Module], task: str, batch: int) -> d
             calls[key] = partial(infer, model.eval(), x)
             if task == "inference, CUDA graph":
                 calls[key] = capture(calls[key])
-    peaks = {key: peak(call) for key, call in calls.items()}
-    times = in_turns(calls)
+    peaks = {key: peak_bytes(call) for key, call in calls.items()}
+    times = interleave(calls, SECONDS, warm=False, clock=synchronized_clock)
     ratios = {
         key: quartiles([t / p for t, p in zip(each, times["plain"], strict=True)])
         for key, each in times.items()
@@ -74,21 +82,21 @@ def measure(name: str, models: dict[str, nn.Module], task: str, batch: int) -> d
         "task": task,
         "batch": batch,
         "rounds": len(times["plain"]),
-        "ms": {key: quartiles(each) for key, each in times.items()},
+        "ms": {key: quartiles([1e3 * t for t in each]) for key, each in times.items()},
         "ratio": {key: each for key, each in ratios.items() if key != "plain"},
         "peak bytes": peaks,
-        "activation bytes": activations(models["simam"], x),
+        "activation bytes": output_bytes(models["simam"], x),
     }
 
 
 def infer(model: nn.Module, x: Tensor) -> Tensor:
-    """Forward, without gradients."""
-    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=len(x) >= LARGE):
-        return model(x)
+    """Run forward without gradients."""
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=len(x) >= LARGE_BATCH):
+        return cast(Tensor, model(x))
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor) -> None:
-    """A whole step."""
+    """Run a whole training step."""
     with torch.autocast(DEVICE, torch.bfloat16):
         loss = nn.functional.cross_entropy(model(x), labels)
     loss.backward()
@@ -96,11 +104,11 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels:
     optimizer.zero_grad()
 
 
-def capture(call: Callable[[], object]) -> Callable[[], object]:
-    """The same from a CUDA graph."""
+def capture(call: Call) -> Call:
+    """Capture a call in a CUDA graph; return the function that replays it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # kernels are compiled before, outside of the graph
+    with torch.cuda.stream(side):  # compiles the kernels, which a capture cannot do
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(side)
@@ -110,8 +118,8 @@ def capture(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def peak(call: Callable[[], object]) -> int:
-    """Bytes allocated at most while the call runs, beyond those before."""
+def peak_bytes(call: Call) -> int:
+    """Peak of the bytes allocated while a call runs, minus those allocated before it."""
     for _ in range(2):
         call()
     torch.cuda.synchronize()
@@ -123,22 +131,11 @@ def peak(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Milliseconds on the wall, since eager code may wait for the host."""
-    times: dict[str, list[float]] = {key: [] for key in calls}
-    end = time.perf_counter() + SECONDS
-    while len(times["plain"]) < 5 or time.perf_counter() < end:
-        for key, call in calls.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            torch.cuda.synchronize()
-            times[key].append(1e3 * (time.perf_counter() - start))
-    return times
+def output_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes of all outputs of simam: the memory that it may add to training.
 
-
-def activations(model: nn.Module, x: Tensor) -> int:
-    """Bytes of the maps that SimAM makes, which training may keep once more."""
+    This is a limit, so it comes from the sizes of the maps, not from what simam saves.
+    """
     sizes = []
 
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -152,18 +149,37 @@ def activations(model: nn.Module, x: Tensor) -> int:
     return sum(sizes)
 
 
-def table(measured: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The lines of a table, ratios beyond their goal marked by !."""
-    yield f"{'model':14}{'task':24}{'batch':>6}{'plain, ms':>12}{'formula':>10}{'simam':>10}" + (
-        f"{'goal':>8}{'more memory':>14}{'activations':>14}"
-    )
+def goal_table(measured: Sequence[dict[str, Any]]) -> str:
+    """The results of all cases; a result beyond its goal is marked by !."""
+    return table(list(_goal_rows(measured)), "<<" + ">" * 7)
+
+
+def _goal_rows(measured: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    yield [
+        "model",
+        "task",
+        "batch",
+        "plain, ms",
+        "formula / plain",
+        "simam / plain  ",
+        "goal",
+        "more memory, MB  ",
+        "activations, MB",
+    ]
     for case in measured:
         goal = GOALS.get((case["model"], case["task"]))
-        ratio = {key: quartile[1] for key, quartile in case["ratio"].items()}
+        ratio = {key: middle for key, (_, middle, _) in case["ratio"].items()}
+        slow = goal is not None and ratio["simam"] > goal
         more = case["peak bytes"]["simam"] - case["peak bytes"]["plain"]
-        allowed = case["activation bytes"]
-        line = f"{case['model']:14}{case['task']:24}{case['batch']:6}{case['ms']['plain'][1]:12.2f}"
-        line += f"{ratio['formula']:10.3f}{ratio['simam']:10.3f}"
-        line += f"{goal or '-':>6} {'!' if goal and ratio['simam'] > goal else ' '}"
-        line += f"{more / 1e6:11.0f} MB{allowed / 1e6:11.0f} MB"
-        yield line + (" !" if case["task"] == "training" and more > allowed else "")
+        large = case["task"] == "training" and more > case["activation bytes"]
+        yield [
+            case["model"],
+            case["task"],
+            str(case["batch"]),
+            f"{case['ms']['plain'][1]:.2f}",
+            f"{ratio['formula']:.3f}",
+            f"{ratio['simam']:.3f} {'!' if slow else ' '}",
+            f"{goal:.2f}" if goal else "-",
+            f"{more / 1e6:.0f} {'!' if large else ' '}",
+            f"{case['activation bytes'] / 1e6:.0f}",
+        ]

