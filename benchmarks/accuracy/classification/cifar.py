@@ -97,7 +97,7 @@ def _norm_relu(channels: int) -> list[nn.Module]:
 
 
 def mobilenet_v2(*, num_classes: int) -> MobileNetV2:
-    """torchvision's MobileNetV2 without its first two strides; its last maps are 4 x 4."""
+    """torchvision's MobileNetV2 with stride 1 in place of the first two strides of 2."""
     stages = [
         [1, 16, 1, 1],
         [6, 24, 2, 1],

@@ -142,7 +142,7 @@ def _cifar(kind: str) -> Callable[[Path | None, Recipe, int | None], Data]:
             raise UserError(f"--data: expected {expected}, got none")
         try:
             splits = [dataset(folder, train=train) for train in (True, False)]
-        except Exception as error:  # torchvision's own, or that of a pickle that is cut short
+        except Exception as error:  # from torchvision, or from a pickle that is cut short
             raise UserError(f"--data {folder}: expected {expected}: {one_line(error)}") from error
         train, test = ((split.data, np.array(split.targets)) for split in splits)
         return _in_memory(train, test, splits[0].classes, recipe, size)

@@ -34,8 +34,8 @@ def build(
 ) -> nn.Module:
     """Build a network with random weights, on the CPU.
 
-    The layers that all networks of that name share get the same weights whatever the attention,
-    because the weights of attention layers are drawn after them.
+    All layers except attention get the same weights whatever the attention, because the weights of
+    attention layers are drawn last.
 
     Args:
         name (str): one of `cifar.NETWORKS`, or a name of torchvision or timm as in
@@ -92,7 +92,7 @@ def _layer(attention: str, e_lambda: float) -> _MakeLayer:
 
 
 def _inserters(model: nn.Module) -> Iterator[Callable[[_MakeLayer], None]]:
-    """For each block, a function that inserts a layer after the norm, where timm puts it."""
+    """Yield, for each block, a function that inserts a layer after the norm, where timm puts it."""
     for block in model.modules():
         kind = type(block).__name__
         norm = getattr(block, _NORM.get(kind, ""), None)

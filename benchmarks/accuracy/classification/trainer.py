@@ -109,7 +109,7 @@ class Trainer(BaseTrainer):
         return {"train_loss": loss / count, "train_top1": 100 * correct / count}
 
     def _forward_backward(self, images: Tensor, labels: Tensor, accumulation_step: int) -> Tensor:
-        """Add the gradients of a micro-batch; return its summed loss, hits and images."""
+        """Add the gradients of a micro-batch; return its summed loss, hits and size."""
         images, labels = to_device(images, labels, self.dist_context.device, self.channels_last)
         with self.micro_batch(accumulation_step):
             with autocast(self.dist_context.device, self.amp):

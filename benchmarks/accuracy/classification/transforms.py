@@ -17,7 +17,7 @@ Transform: TypeAlias = Callable[[Image.Image], Tensor]
 def make_transforms(
     recipe: Recipe, size: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[Transform, Transform]:
-    """Make the transform of training images and that of test images.
+    """Make the transforms of training images and of test images.
 
     Args:
         recipe (Recipe): which crops.
