@@ -1,1 +1,1 @@
-"""What SimAM brings: training, detection, recalibration."""
+"""How SimAM changes accuracy: classification, detection and recalibration."""

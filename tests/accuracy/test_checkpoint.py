@@ -1,6 +1,5 @@
-"""Checkpoints of runs: whole at every moment, and read safely."""
+"""Checkpoints of runs: complete at every moment, and read safely."""
 
-import importlib
 import os
 import pickle
 import signal
@@ -13,12 +12,10 @@ import pytest
 import torch
 
 import simam
+from benchmarks.accuracy.common import checkpoint
 from simam.messages import UserError
 
-pytest.importorskip("timm", reason="the scripts need timm")
-files = importlib.import_module("benchmarks.accuracy.common.checkpoint")
-
-# Writes generation after generation, the first one at once.
+# Saves one checkpoint after another.
 WRITER = """
 import sys, torch
 from pathlib import Path
@@ -33,44 +30,42 @@ while True:
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.003, 0.007, 0.013, 0.03])
-def test_killed_in_the_middle_of_a_save(tmp_path: Path, delay: float) -> None:
+def test_save_survives_kill(tmp_path: Path, delay: float) -> None:
     path = tmp_path / "last.pth"
-    folders = [str(Path(files.__file__).parents[1]), str(Path(simam.__file__).parents[1])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
+    roots = [str(Path(__file__).parents[2]), str(Path(simam.__file__).parents[1])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(roots)}
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, env=environment
     )
     assert writer.stdout is not None
     with writer.stdout:
-        told = [int(writer.stdout.readline()) for _ in range(3)][-1]
+        reported = [int(writer.stdout.readline()) for _ in range(3)][-1]
         time.sleep(delay)
         writer.send_signal(signal.SIGKILL)
         writer.wait()
-        told = max([told, *map(int, writer.stdout.read().split())])
-    found = files.load(path)
-    # All that the writer told of is there; the next one may be.
-    assert found["number"] in (told, told + 1)
+        reported = max([reported, *map(int, writer.stdout.read().split())])
+    found = checkpoint.load(path)
+    # The last reported save is complete; the next one may be.
+    assert found["number"] in (reported, reported + 1)
     assert (found["state_dict"]["weight"] == found["number"]).all()
 
 
-def test_killed_before_the_new_file_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_save_interrupted_keeps_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.pth"
-    files.save({"state_dict": {}, "number": 1}, path)
+    checkpoint.save({"state_dict": {}, "number": 1}, path)
 
-    def break_off(content: object, file: object) -> None:
+    def interrupt(content: object, file: object) -> None:
         file.write(b"half a check")  # type: ignore[attr-defined]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", break_off)
+    monkeypatch.setattr(torch, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        files.save({"state_dict": {}, "number": 2}, path)
-    assert files.load(path)["number"] == 1
+        checkpoint.save({"state_dict": {}, "number": 2}, path)
+    assert checkpoint.load(path)["number"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.pth"]
 
 
-def test_what_is_written_takes_the_place_in_one_step(
+def test_write_atomically_replaces_after_sync(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, events = tmp_path / "file", []
@@ -83,31 +78,31 @@ def test_what_is_written_takes_the_place_in_one_step(
 
     monkeypatch.setattr(os, "replace", spy_replace)
     monkeypatch.setattr(os, "fsync", lambda number: (events.append("fsync"), fsync(number)))
-    files.write_whole(path, lambda file: file.write(b"new"))
+    checkpoint.write_atomically(path, lambda file: file.write(b"new"))
     assert events[:2] == ["fsync", ("replace", b"new", b"old")]
     assert path.read_bytes() == b"new"
 
 
-def test_missing_damaged_and_foreign_files(tmp_path: Path) -> None:
+def test_load_refuses_missing_damaged_and_foreign_files(tmp_path: Path) -> None:
     path = tmp_path / "last.pth"
     with pytest.raises(UserError, match=r"cannot read .*last\.pth: No such file"):
-        files.load(path)
-    files.save({"state_dict": {"weight": torch.zeros(1000)}}, path)
+        checkpoint.load(path)
+    checkpoint.save({"state_dict": {"weight": torch.zeros(1000)}}, path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"last\.pth is damaged or no checkpoint"):
-        files.load(path)
+    with pytest.raises(UserError, match=r"last\.pth is damaged or not a checkpoint"):
+        checkpoint.load(path)
     torch.save({"weight": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match=r"last\.pth is no checkpoint of a run"):
-        files.load(path)
+    with pytest.raises(UserError, match=r"last\.pth is not the checkpoint of a run"):
+        checkpoint.load(path)
 
 
-def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+def test_load_runs_no_code(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.mkdir, (str(tmp_path / "trapped"),)
 
     path = tmp_path / "last.pth"
     path.write_bytes(pickle.dumps({"state_dict": Trap()}))
-    with pytest.raises(UserError, match=r"last\.pth is damaged or no checkpoint"):
-        files.load(path)
+    with pytest.raises(UserError, match=r"last\.pth is damaged or not a checkpoint"):
+        checkpoint.load(path)
     assert not (tmp_path / "trapped").exists()

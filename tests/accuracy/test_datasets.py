@@ -1,37 +1,44 @@
-"""What the training scripts train on, and what they say about files that are not as they should."""
+"""The data sets of classification, and the errors about missing and damaged files."""
 
 import gzip
-import importlib
 import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+for package in ("numpy", "timm", "torchvision"):
+    pytest.importorskip(package, reason="the training scripts need the extra train")
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.accuracy.classification import datasets
+from benchmarks.accuracy.classification.options import DATASETS
+from benchmarks.accuracy.classification.recipes import RECIPES
 from simam.messages import UserError
+from tests.helpers.few_images import write_idx
 
-pytest.importorskip("timm", reason="the scripts need timm")
-Image = importlib.import_module("PIL.Image")
-datasets = importlib.import_module("benchmarks.accuracy.classification.datasets")
-recipes = importlib.import_module("benchmarks.accuracy.classification.recipes")
-
-SMALL, IMAGENET = (recipes.RECIPES[name] for name in ("small", "paper-resnet"))
+SMALL, IMAGENET = (RECIPES[name] for name in ("small", "paper-resnet"))
 
 
 def flat(dataset: Any) -> torch.Tensor:
     return torch.stack([image for image, _ in dataset])
 
 
-def test_digits() -> None:
+def test_load_knows_every_dataset_of_the_command_line() -> None:
+    assert tuple(datasets.LOADERS) == DATASETS
+
+
+def test_load_digits() -> None:
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     from sklearn.datasets import load_digits
 
     data = datasets.load("digits", None, SMALL)
     assert (len(data.train), len(data.test), data.size) == (1437, 360, 8)
     assert data.classes == list("0123456789")
-    # Every image is in one of the two, and has the label that it has in scikit-learn.
+    # Every image is in exactly one of the two sets, with scikit-learn's label.
     digits = load_digits()
     whole = {(image / 16 * 255).round().astype(np.uint8).tobytes(): [] for image in digits.images}
     for image, label in zip(digits.images, digits.target, strict=True):
@@ -41,7 +48,7 @@ def test_digits() -> None:
             whole[image.tobytes()].remove(label)
     assert not any(whole.values())
     assert np.bincount(data.test.labels).min() == 35
-    # What is tested on is standardised as the rest, whose mean is 0 and deviation 1.
+    # Test images are normalised by the mean and standard deviation of the training images.
     images = torch.from_numpy(data.train.images) / 255
     expected = (torch.from_numpy(data.test.images[3]) / 255 - images.mean()) / images.std()
     found, label = data.test[3]
@@ -50,11 +57,6 @@ def test_digits() -> None:
     assert label == data.test.labels[3]
     again = datasets.load("digits", None, SMALL)
     assert torch.equal(flat(again.test), flat(data.test))
-
-
-def write_idx(path: Path, values: np.ndarray) -> None:
-    header = bytes((0, 0, 8, values.ndim)) + np.array(values.shape, ">u4").tobytes()
-    path.write_bytes(gzip.compress(header + values.tobytes()))
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def fashion(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_fashion_mnist(fashion: Path) -> None:
+def test_load_fashion_mnist(fashion: Path) -> None:
     data = datasets.load("fashion-mnist", fashion, SMALL)
     assert (len(data.train), len(data.test), data.size) == (12, 5, 28)
     assert [label for _, label in data.test] == [0, 1, 2, 3, 4]
@@ -80,14 +82,14 @@ def test_fashion_mnist(fashion: Path) -> None:
 @pytest.mark.skipif(
     not datasets.FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed"
 )
-def test_fashion_mnist_as_debian_has_it() -> None:
+def test_load_fashion_mnist_of_debian() -> None:
     data = datasets.load("fashion-mnist", None, SMALL)
     assert (len(data.train), len(data.test)) == (60_000, 10_000)
     assert (np.bincount(data.train.labels) == 6000).all()
     assert data.classes[data.train.labels[0]] == "ankle boot"
 
 
-def test_fashion_mnist_missing_or_damaged(fashion: Path) -> None:
+def test_load_fashion_mnist_refuses_missing_and_damaged_files(fashion: Path) -> None:
     path = fashion / "t10k-images-idx3-ubyte.gz"
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
@@ -95,24 +97,26 @@ def test_fashion_mnist_missing_or_damaged(fashion: Path) -> None:
         datasets.load("fashion-mnist", fashion, SMALL)
     path.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
     with pytest.raises(
-        UserError, match=r"t10k-images.* is damaged: expected an IDX file of rank 3"
+        UserError,
+        match=r"t10k-images.* is damaged: expected an IDX file of rank 3 and",
     ):
         datasets.load("fashion-mnist", fashion, SMALL)
     path.write_bytes((fashion / "t10k-labels-idx1-ubyte.gz").read_bytes())
     with pytest.raises(
-        UserError, match=r"t10k-images.* is damaged: expected an IDX file of rank 3"
+        UserError,
+        match=r"t10k-images.* is damaged: expected an IDX file of rank 3 and",
     ):
         datasets.load("fashion-mnist", fashion, SMALL)
     path.unlink()
     with pytest.raises(UserError, match=r"cannot read .*t10k-images.*dataset-fashion-mnist"):
         datasets.load("fashion-mnist", fashion, SMALL)
     write_idx(path, np.zeros((4, 28, 28), np.uint8))
-    with pytest.raises(UserError, match="has 4 images of t10k, but 5 labels"):
+    with pytest.raises(UserError, match="has 4 t10k images, but 5 labels"):
         datasets.load("fashion-mnist", fashion, SMALL)
 
 
-def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder as CIFAR-10's, but with few images, whose checksums are of course others."""
+def test_load_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder like CIFAR-10's but with few images, so without its checksums."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     draw = np.random.default_rng(0)
@@ -126,7 +130,7 @@ def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    data = datasets.load("cifar10", tmp_path, recipes.RECIPES["paper-cifar"])
+    data = datasets.load("cifar10", tmp_path, RECIPES["paper-cifar"])
     assert (len(data.train), len(data.test), data.size) == (10, 2, 32)
     assert [label for _, label in data.test] == [3, 8]
     assert data.classes == list("abcdefghij")
@@ -141,7 +145,7 @@ def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagefolder"])
-def test_folder_is_asked_for(name: str, tmp_path: Path) -> None:
+def test_load_asks_for_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--data: expected .*, got none"):
         datasets.load(name, None, SMALL)
     with pytest.raises(UserError, match=str(tmp_path)):
@@ -150,7 +154,7 @@ def test_folder_is_asked_for(name: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """Three classes; the images of a class have its colour."""
+    """Three classes, each of one colour."""
     for part, count in (("train", 4), ("val", 2)):
         for number, name in enumerate(("ant", "bee", "cat")):
             (tmp_path / part / name).mkdir(parents=True)
@@ -160,7 +164,7 @@ def folders(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_folders(folders: Path) -> None:
+def test_load_image_folder(folders: Path) -> None:
     data = datasets.load("imagefolder", folders, IMAGENET)
     assert (len(data.train), len(data.test)) == (12, 6)
     assert data.classes == ["ant", "bee", "cat"]
@@ -169,21 +173,21 @@ def test_folders(folders: Path) -> None:
             assert image.shape == (3, 224, 224)
             assert image.mean((1, 2)).argmax() == label
     small = datasets.load("imagefolder", folders, SMALL)
-    assert small.size == 30  # of the images
+    assert small.size == 30  # the shorter side of the images
     assert small.test[0][0].shape == (3, 30, 30)
     assert datasets.load("imagefolder", folders, SMALL, 16).train[0][0].shape == (3, 16, 16)
     (folders / "val").rename(folders / "test")
     assert len(datasets.load("imagefolder", folders, IMAGENET).test) == 6
 
 
-def test_grey_and_transparent_images(folders: Path) -> None:
+def test_load_image_folder_converts_to_rgb(folders: Path) -> None:
     for mode, name in (("L", "0.png"), ("RGBA", "1.png"), ("P", "2.png")):
         Image.new(mode, (40, 30)).save(folders / "train" / "ant" / name)
     data = datasets.load("imagefolder", folders, IMAGENET)
     assert {image.shape for image, _ in data.train} == {(3, 224, 224)}
 
 
-def test_folders_with_defects(folders: Path) -> None:
+def test_load_image_folder_refuses_defects(folders: Path) -> None:
     bad = folders / "train" / "bee" / "1.png"
     for content in (b"no image", bad.read_bytes()[:60], b""):
         bad.write_bytes(content)
@@ -192,10 +196,10 @@ def test_folders_with_defects(folders: Path) -> None:
             flat(data.train)
     bad.unlink()
     (folders / "val" / "dog").mkdir()
-    with pytest.raises(UserError, match=r"val/dog holds no image; 1 of the 4 classes"):
+    with pytest.raises(UserError, match=r"val/dog has no images; 1 of the 4 class folders"):
         datasets.load("imagefolder", folders, IMAGENET)
     Image.new("RGB", (9, 9)).save(folders / "val" / "dog" / "0.png")
-    with pytest.raises(UserError, match="have different classes: 1 are in one alone, such as dog"):
+    with pytest.raises(UserError, match="have different classes; only one of them has dog"):
         datasets.load("imagefolder", folders, IMAGENET)
     for path in sorted((folders / "val").rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()

@@ -1,19 +1,20 @@
-"""The networks of the training scripts: their size, and the attention in them."""
+"""The networks of classification: their sizes, their attention and their initial weights."""
 
-import importlib
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import simam
-from simam.messages import UserError
+for package in ("numpy", "timm", "torchvision"):
+    pytest.importorskip(package, reason="the training scripts need the extra train")
 
-timm = pytest.importorskip("timm", reason="the networks are timm's and torchvision's")
-pytest.importorskip("torchvision", reason="the networks are timm's and torchvision's")
-networks = importlib.import_module("benchmarks.accuracy.classification.networks")
-cifar = importlib.import_module("benchmarks.accuracy.classification.cifar")
+import timm
+
+import simam
+from benchmarks.accuracy.classification import cifar, networks
+from benchmarks.accuracy.classification.options import ATTENTION
+from simam.messages import UserError
 
 KINDS = {
     "se": "SEModule",
@@ -26,7 +27,7 @@ KINDS = {
 
 
 def multiply_adds(model: nn.Module, x: Tensor) -> int:
-    """Of convolutions and linear layers, and two for every element of a batch norm."""
+    """Multiply-adds of convolutions and linear layers, plus two per element of a batch norm."""
     total = 0
 
     def count(module: nn.Module, _: Any, out: Tensor) -> None:
@@ -60,7 +61,7 @@ def multiply_adds(model: nn.Module, x: Tensor) -> int:
     ],
 )
 @pytest.mark.parametrize("attention", ["none", "simam"])
-def test_columns_of_the_papers_table(
+def test_build_matches_size_and_cost_in_the_paper(
     name: str, parameters: str, billions: str, attention: str
 ) -> None:
     model = networks.build(name, 1000, attention)
@@ -70,7 +71,7 @@ def test_columns_of_the_papers_table(
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [  # as He et al. and Zagoruyko and Komodakis give them
+    [  # from He et al., and Zagoruyko and Komodakis
         ("cifar_resnet20", "0.27"),
         ("cifar_resnet56", "0.85"),
         ("cifar_resnet110", "1.73"),
@@ -79,13 +80,13 @@ def test_columns_of_the_papers_table(
         ("cifar_wrn28_10", "36.48"),
     ],
 )
-def test_size_of_cifar_networks(name: str, millions: str) -> None:
+def test_build_cifar_networks_have_the_published_size(name: str, millions: str) -> None:
     model = networks.build(name, 10)
     assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == millions
 
 
 @pytest.mark.parametrize("name", cifar.NETWORKS)
-def test_cifar_networks_have_simam_after_the_second_or_the_depthwise_convolution(name: str) -> None:
+def test_build_attaches_simam_after_second_or_depthwise_convolution(name: str) -> None:
     model = networks.build(name, 7, "simam", e_lambda=0.25)
     layers = {p: m for p, m in model.named_modules() if isinstance(m, simam.SimAM)}
     if "mobilenet" in name:
@@ -100,7 +101,7 @@ def test_cifar_networks_have_simam_after_the_second_or_the_depthwise_convolution
 
 
 def by_hand(state: dict[str, Tensor], x: Tensor, *, pre: bool, depth: int) -> Tensor:
-    """A CIFAR network in evaluation mode, from its weights, written out."""
+    """Compute a CIFAR network in evaluation mode from its weights."""
 
     def conv(name: str, x: Tensor, stride: int = 1) -> Tensor:
         weight = state[f"{name}.weight"]
@@ -137,16 +138,16 @@ def by_hand(state: dict[str, Tensor], x: Tensor, *, pre: bool, depth: int) -> Te
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_preresnet20"])
-def test_cifar_networks_by_hand(name: str) -> None:
+def test_cifar_networks_match_hand_computation(name: str) -> None:
     model = networks.build(name, 10).double()
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
-    model(x)  # statistics that are not 0 and 1
+    model(x)  # running statistics other than 0 and 1
     found = model.eval()(x)
     expected = by_hand(model.state_dict(), x, pre="pre" in name, depth=3)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_mobilenet_for_32_halves_three_times() -> None:
+def test_cifar_mobilenet_v2_halves_maps_three_times() -> None:
     model = networks.build("cifar_mobilenet_v2", 10)
     x, sides = torch.zeros(1, 3, 32, 32), []
     for layer in model.eval().features:
@@ -157,13 +158,13 @@ def test_mobilenet_for_32_halves_three_times() -> None:
 
 @pytest.mark.parametrize("kind", ["se", "eca", "cbam", "gc"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_place_is_timms(name: str, kind: str) -> None:
+def test_build_puts_attention_where_timm_does(name: str, kind: str) -> None:
     ours = networks.build(f"timm/{name}", 5, kind)
     timms = timm.create_model(name, num_classes=5, block_args={"attn_layer": kind})
     timms.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours.eval()(x), timms.eval()(x), rtol=0, atol=0)
-    # Torchvision's network of that name has its layers at the same places.
+    # torchvision's network of the same name has the layers at the same positions.
     other = networks.build(f"torchvision/{name}", 5, kind)
     norm = "bn2" if name == "resnet18" else "bn3"
     renamed = {
@@ -186,15 +187,15 @@ def test_place_is_timms(name: str, kind: str) -> None:
         ("resnext50_32x4d", 16),
     ],
 )
-def test_a_layer_in_every_block(name: str, count: int, kind: str) -> None:
+def test_build_puts_attention_into_every_block(name: str, count: int, kind: str) -> None:
     model = networks.build(name, 10, kind)
     assert sum(type(m).__name__ == KINDS[kind] for m in model.modules()) == count
 
 
-def test_after_the_depthwise_convolution_and_its_norm() -> None:
+def test_build_puts_attention_after_norm_of_depthwise_convolution() -> None:
     seen = []
 
-    class Shows(nn.Module):
+    class Recorder(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             seen.append(tuple(x.shape[1:]))
             return x
@@ -204,7 +205,7 @@ def test_after_the_depthwise_convolution_and_its_norm() -> None:
         for path, module in list(model.named_modules()):
             if type(module).__name__ == "SEModule":
                 parent, _, child = path.rpartition(".")
-                setattr(model.get_submodule(parent), child, Shows())
+                setattr(model.get_submodule(parent), child, Recorder())
         model.eval()(torch.zeros(1, 3, 64, 64))
     ours, timms = seen[:17], seen[17:]
     assert ours == timms
@@ -213,18 +214,18 @@ def test_after_the_depthwise_convolution_and_its_norm() -> None:
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "mobilenet_v2", "timm/resnet18"])
-def test_all_start_from_the_same_weights(name: str) -> None:
-    plain = networks.build(name, 10, number=3)
+def test_build_draws_same_weights_for_every_attention(name: str) -> None:
+    plain = networks.build(name, 10, seed=3)
     norms = len([m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)])
-    for attention in networks.ATTENTION:
-        model = networks.build(name, 10, attention, number=3)
-        wanted = list(plain.parameters())
+    for attention in ATTENTION:
+        model = networks.build(name, 10, attention, seed=3)
+        expected = list(plain.parameters())
         layers = [m for m in model.modules() if type(m).__name__ in KINDS.values()]
         own = {id(p) for layer in layers for p in layer.parameters()}
         found = [p for p in model.parameters() if id(p) not in own]
-        assert len(found) == len(wanted) > norms
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    other = networks.build(name, 10, number=4)
+        assert len(found) == len(expected) > norms
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    other = networks.build(name, 10, seed=4)
     first, second = (next(iter(m.parameters())) for m in (plain, other))
     assert not torch.equal(first, second)
 
@@ -239,11 +240,11 @@ def test_all_start_from_the_same_weights(name: str) -> None:
         ),
         ("resnet19", "none", "unknown model 'resnet19'; close names: .*resnet18"),
         ("fasterrcnn_resnet50_fpn", "none", "does not classify single images"),
-        ("efficientnet_b0", "se", "without attention of their own, efficientnet_b0 has none"),
-        ("vgg11", "eca", "take --attention simam or none"),
+        ("efficientnet_b0", "se", "no attention of its own, efficientnet_b0 has no such block"),
+        ("vgg11", "eca", "use --attention simam or none"),
         ("vgg11", "simam", "--attention simam: vgg11: "),
     ],
 )
-def test_refusals(name: str, attention: str, message: str) -> None:
+def test_build_refuses(name: str, attention: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         networks.build(name, 10, attention)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle
 
-from benchmarks.accuracy.common.log import picture
+from benchmarks.accuracy.common.log import png_figure
 
 from .coco import Split
 from .dataset import Images
@@ -25,7 +25,7 @@ def draw(split: Split, detections: list[dict[str, Any]], path: Path) -> None:
         path (Path): the PNG file.
     """
     names = split.categories
-    with picture(path, 4 * COLUMNS, 3.2 * ROWS) as figure:
+    with png_figure(path, 4 * COLUMNS, 3.2 * ROWS) as figure:
         axes = figure.subplots(ROWS, COLUMNS).flat
         for plot in axes:
             plot.axis("off")

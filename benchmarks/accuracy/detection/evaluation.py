@@ -47,7 +47,7 @@ def detect(
         list of dict: detections in COCO's format, in the pixels of the image file.
     """
     images = Images(split)
-    own = Subset(images, range(dist_context.rank, len(images), dist_context.size))
+    own = Subset(images, range(dist_context.rank, len(images), dist_context.world_size))
     loader = DataLoader(own, batch_size=None, num_workers=workers)
     categories = list(split.categories)
     training = model.training
@@ -58,9 +58,9 @@ def detect(
         result = model([image.to(dist_context.device)])[0]
         found += in_coco_format(result, number, categories)
     model.train(training)
-    if dist_context.size == 1:
+    if dist_context.world_size == 1:
         return found
-    parts: list[Any] = [None] * dist_context.size
+    parts: list[Any] = [None] * dist_context.world_size
     dist.all_gather_object(parts, found)
     return [detection for part in parts for detection in part]
 

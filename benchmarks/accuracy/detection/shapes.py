@@ -10,7 +10,7 @@ from numpy.random import Generator, SeedSequence, default_rng
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 
-from benchmarks.accuracy.common.checkpoint import write_whole
+from benchmarks.accuracy.common.checkpoint import write_atomically
 
 CATEGORIES = ("circle", "rectangle", "triangle")
 SPLITS = {"train": 400, "val": 100}
@@ -34,7 +34,7 @@ def write(folder: Path, splits: dict[str, int] = SPLITS, *, seed: int = 0) -> No
         if not file.exists():  # written last, so that the pictures are there, too
             content = _write_pictures(folder / split, SeedSequence((seed, part)).spawn(pictures))
             text = json.dumps(content).encode()
-            write_whole(file, lambda opened, text=text: opened.write(text))
+            write_atomically(file, lambda opened, text=text: opened.write(text))
 
 
 def _write_pictures(folder: Path, seeds: list[SeedSequence]) -> dict[str, list[dict[str, Any]]]:
@@ -44,7 +44,7 @@ def _write_pictures(folder: Path, seeds: list[SeedSequence]) -> dict[str, list[d
         jpeg = io.BytesIO()
         picture.save(jpeg, "jpeg", quality=92)
         name = f"{number:06}.jpg"
-        write_whole(folder / name, lambda file, jpeg=jpeg: file.write(jpeg.getvalue()))
+        write_atomically(folder / name, lambda file, jpeg=jpeg: file.write(jpeg.getvalue()))
         images.append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT})
         for category, mask in shapes:
             found = {"id": len(annotations) + 1, "image_id": number, "category_id": category}
