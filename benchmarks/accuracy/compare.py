@@ -31,7 +31,7 @@ from benchmarks.accuracy.classification import datasets, networks
 from benchmarks.accuracy.classification.recipes import RECIPES, optimizer
 from benchmarks.accuracy.classification.trainer import place
 from benchmarks.accuracy.common.checkpoint import load, write_json
-from benchmarks.accuracy.common.log import picture
+from benchmarks.accuracy.common.log import png_figure
 from benchmarks.accuracy.common.trainer import autocast
 from benchmarks.accuracy.train import parse
 from benchmarks.speed.timing import facts, interleave, quartiles
@@ -248,7 +248,7 @@ def table(cases: list[dict[str, Any]]) -> str:
 
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
     """Accuracy of every seed beside the time of a step."""
-    with picture(path, 10, 3.8) as figure:
+    with png_figure(path, 10, 3.8) as figure:
         left, right = figure.subplots(1, 2)
         names = [case["attention"] for case in cases]
         for place, case in enumerate(cases):

@@ -17,8 +17,8 @@ try:
     from benchmarks.accuracy.common.checkpoint import load, write_json
     from benchmarks.accuracy.common.distributed import DistributedContext, distributed_context
     from benchmarks.accuracy.common.options import exit_on_user_error
-    from benchmarks.accuracy.common.run import Run, checkpoint
-    from benchmarks.accuracy.common.sampler import DistributedBatchSampler, seed
+    from benchmarks.accuracy.common.run import Run, read_checkpoint
+    from benchmarks.accuracy.common.sampler import DistributedBatchSampler, seed_everything
     from benchmarks.accuracy.detection import coco, drawing, models, shapes
     from benchmarks.accuracy.detection.dataset import Examples
     from benchmarks.accuracy.detection.evaluation import Figures, detect, score, table
@@ -84,7 +84,7 @@ def evaluate(options: argparse.Namespace, dist_context: DistributedContext) -> F
 def train(options: argparse.Namespace, dist_context: DistributedContext) -> Figures | None:
     """Epoch after epoch, each with its figures, its row in the log and its checkpoint."""
     recipe = RECIPES[options.recipe].changed(options.numbers)
-    saved = checkpoint(options.output, resume=options.resume)
+    saved = read_checkpoint(options.output, resume=options.resume)
     splits = [read(options, dist_context, recipe, split) for split in options.splits]
     (classes, val_classes), val = (split.categories for split in splits), splits[1]
     if classes != val_classes:
@@ -99,7 +99,7 @@ def train(options: argparse.Namespace, dist_context: DistributedContext) -> Figu
         "backbone_weights": options.backbone_weights and str(options.backbone_weights),
         "categories": classes,
         "annotations": splits[0].digest,
-        "images_at_once": trainer.batches.part,  # what is padded and normalised together
+        "images_at_once": trainer.batches.micro_batch_size,  # padded and normalised together
     }
     kinds = ("box", "mask") if recipe.masks else ("box",)
     run = Run(
@@ -138,16 +138,16 @@ def prepare(
     go_on: bool,
 ) -> Trainer:
     """A detector before its first step; one that goes on gets its weights later."""
-    seed(options.seed)
+    seed_everything(options.seed)
     model = models.build(recipe, len(split.categories))
     if options.backbone_weights and not go_on:
         models.load_backbone(model, options.backbone_weights, recipe)
     data = Examples(split, masks=recipe.masks, flip=recipe.flip)
-    parts = dist_context.size * options.accumulate
+    parts = dist_context.world_size * options.accumulate
     if recipe.batch_size % parts:
         raise UserError(
             f"--batch-size {recipe.batch_size}: expected a multiple of {parts}, which is "
-            f"{dist_context.size} processes times --accumulate {options.accumulate}"
+            f"{dist_context.world_size} processes times --accumulate {options.accumulate}"
         )
     if recipe.batch_size > len(data):
         raise UserError(
@@ -159,8 +159,8 @@ def prepare(
         recipe.batch_size,
         options.seed,
         rank=dist_context.rank,
-        processes=dist_context.size,
-        accumulate=options.accumulate,
+        world_size=dist_context.world_size,
+        accumulation_steps=options.accumulate,
     )
     model = model.to(dist_context.device)
     return Trainer(

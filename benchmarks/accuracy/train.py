@@ -19,8 +19,8 @@ try:
     from benchmarks.accuracy.classification.recipes import RECIPES, length, optimizer, schedule
     from benchmarks.accuracy.classification.trainer import Trainer, evaluate
     from benchmarks.accuracy.common.distributed import DistributedContext, distributed_context
-    from benchmarks.accuracy.common.options import add_where, exit_on_user_error, positive
-    from benchmarks.accuracy.common.run import Run, checkpoint
+    from benchmarks.accuracy.common.options import add_run_options, exit_on_user_error, positive_int
+    from benchmarks.accuracy.common.run import Run, read_checkpoint
     from benchmarks.accuracy.common.sampler import DistributedBatchSampler
 except ImportError as missing:
     print(f'train.py: error: {missing}: pip install "simam[train]"', file=sys.stderr)
@@ -62,16 +62,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--weights", type=Path, help="file of weights to start from or to evaluate")
     how = parser.add_argument_group("how")
     how.add_argument("--recipe", choices=RECIPES, default="small", help="default: small")
-    how.add_argument("--epochs", type=positive, help="milestones keep their share of them")
-    how.add_argument("--batch-size", type=positive, help="images of a step, on all devices")
-    how.add_argument("--accumulate", type=positive, default=1, help="turns that a step takes")
+    how.add_argument("--epochs", type=positive_int, help="milestones keep their share of them")
+    how.add_argument("--batch-size", type=positive_int, help="images of a step, on all devices")
+    how.add_argument("--accumulate", type=positive_int, default=1, help="turns that a step takes")
     how.add_argument("--lr", type=float, help="learning rate at the start")
     how.add_argument("--momentum", type=float, help="of SGD")
     how.add_argument("--weight-decay", type=float)
-    how.add_argument("--input-size", type=positive, help="side of what the network sees")
+    how.add_argument("--input-size", type=positive_int, help="side of what the network sees")
     how.add_argument("--ema", type=float, metavar="DECAY", help="average the weights, too")
     how.add_argument("--seed", type=int, default=0, help="default: 0")
-    where = add_where(parser)
+    where = add_run_options(parser)
     where.add_argument("--channels-last", action="store_true", help="layout of the images")
     where.add_argument("--compile", action="store_true", help="use torch.compile")
     where.add_argument("--deterministic", action="store_true", help="on GPUs: exact, but slower")
@@ -144,12 +144,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             model.compile()
         if options.evaluate:
             return _evaluate(model, data.test, dist_context, options)
-        saved = checkpoint(options.output, resume=options.resume)
-        part = dist_context.size * options.accumulate
+        saved = read_checkpoint(options.output, resume=options.resume)
+        part = dist_context.world_size * options.accumulate
         if options.batch_size % part:
             raise UserError(
                 f"--batch-size {options.batch_size}: expected a multiple of {part}, which is "
-                f"{dist_context.size} processes times --accumulate {options.accumulate}"
+                f"{dist_context.world_size} processes times --accumulate {options.accumulate}"
             )
         if options.batch_size > len(data.train):
             raise UserError(
@@ -161,10 +161,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             options.batch_size,
             options.seed,
             rank=dist_context.rank,
-            processes=dist_context.size,
-            accumulate=options.accumulate,
+            world_size=dist_context.world_size,
+            accumulation_steps=options.accumulate,
         )
-        steps = length(recipe, batches.steps, options.epochs)
+        steps = length(recipe, batches.steps_per_epoch, options.epochs)
         sgd = optimizer(model, options.lr, options.weight_decay, options.momentum)
         trainer = Trainer(
             model,
@@ -192,7 +192,7 @@ def _train(
     dist_context = trainer.dist_context
     settings = {k: v for k, v in vars(options).items() if k not in RESUMABLE_OPTIONS}
     settings |= {"weights": options.weights and str(options.weights)}
-    settings |= {"images_of_a_norm": trainer.batches.part}  # that are normalised together
+    settings |= {"images_of_a_norm": trainer.batches.micro_batch_size}
     run = Run(
         options.output,
         trainer,
@@ -232,7 +232,7 @@ def _score(
         model,
         data,
         dist_context,
-        batch=max(1, options.batch_size // dist_context.size),
+        batch=max(1, options.batch_size // dist_context.world_size),
         amp=options.amp,
         channels_last=options.channels_last,
         workers=options.workers,

@@ -83,7 +83,7 @@ def test_what_is_written_takes_the_place_in_one_step(
 
     monkeypatch.setattr(os, "replace", spy_replace)
     monkeypatch.setattr(os, "fsync", lambda number: (events.append("fsync"), fsync(number)))
-    files.write_whole(path, lambda file: file.write(b"new"))
+    files.write_atomically(path, lambda file: file.write(b"new"))
     assert events[:2] == ["fsync", ("replace", b"new", b"old")]
     assert path.read_bytes() == b"new"
 
@@ -94,10 +94,10 @@ def test_missing_damaged_and_foreign_files(tmp_path: Path) -> None:
         files.load(path)
     files.save({"state_dict": {"weight": torch.zeros(1000)}}, path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"last\.pth is damaged or no checkpoint"):
+    with pytest.raises(UserError, match=r"last\.pth is damaged or not a checkpoint"):
         files.load(path)
     torch.save({"weight": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match=r"last\.pth is no checkpoint of a run"):
+    with pytest.raises(UserError, match=r"last\.pth is not the checkpoint of a run"):
         files.load(path)
 
 
@@ -108,6 +108,6 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
 
     path = tmp_path / "last.pth"
     path.write_bytes(pickle.dumps({"state_dict": Trap()}))
-    with pytest.raises(UserError, match=r"last\.pth is damaged or no checkpoint"):
+    with pytest.raises(UserError, match=r"last\.pth is damaged or not a checkpoint"):
         files.load(path)
     assert not (tmp_path / "trapped").exists()

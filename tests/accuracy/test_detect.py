@@ -18,7 +18,7 @@ for name in ("torchvision", "timm", "pycocotools", "matplotlib"):
 import simam
 from benchmarks.accuracy import detect
 from benchmarks.accuracy.common.distributed import DistributedContext
-from benchmarks.accuracy.common.sampler import DistributedBatchSampler, seed
+from benchmarks.accuracy.common.sampler import DistributedBatchSampler, seed_everything
 from benchmarks.accuracy.detection import shapes
 from benchmarks.accuracy.detection.coco import read
 from benchmarks.accuracy.detection.dataset import Examples
@@ -132,7 +132,7 @@ def test_resume_without_a_checkpoint_starts(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_not_overwritten(data: Path, whole: Path) -> None:
-    with pytest.raises(UserError, match=r"last.pth exists; go on from it with --resume, or choose"):
+    with pytest.raises(UserError, match=r"last.pth exists; resume from it with --resume, or"):
         run(*options(data, whole))
 
 
@@ -150,7 +150,7 @@ def test_a_checkpoint_is_not_overwritten(data: Path, whole: Path) -> None:
 def test_a_run_does_not_go_on_with_other_settings(
     data: Path, whole: Path, changes: list[str], text: str
 ) -> None:
-    with pytest.raises(UserError, match=re.escape(f"is of a run with other settings: {text}")):
+    with pytest.raises(UserError, match=re.escape(f"was written with other settings: {text}")):
         run(*options(data, whole, "--resume", *changes))
 
 
@@ -163,7 +163,7 @@ def test_a_run_does_not_go_on_with_other_annotations(whole: Path, tmp_path: Path
 def test_losses_fall_on_images_that_are_learned_by_heart(data: Path) -> None:
     recipe = tiny(batch_size=2, epochs=8, lr=0.005, milestones=(20,))
     examples = Examples(read(data, "train", masks=True), masks=True, flip=0.0)
-    seed(0)
+    seed_everything(0)
     trainer = Trainer(build(recipe, 3), recipe, HERE, examples, DistributedBatchSampler(8, 2, 0))
     losses = [trainer.epoch() for _ in range(recipe.epochs)]
     assert losses[-1]["loss"] < 0.7 * losses[0]["loss"]
@@ -220,7 +220,7 @@ def test_two_processes_train_as_one_that_takes_two_turns(
 
 
 def tiny_start() -> dict[str, torch.Tensor]:
-    seed(0)
+    seed_everything(0)
     return build(tiny(norm_eval=True), 3).state_dict()
 
 
@@ -231,8 +231,8 @@ def work(rank: int, data: str, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
     try:
         examples = Examples(read(Path(data), "train", masks=True), masks=True, flip=0.0)
-        seed(0)
-        batches = DistributedBatchSampler(8, 4, 0, rank=rank, processes=2)
+        seed_everything(0)
+        batches = DistributedBatchSampler(8, 4, 0, rank=rank, world_size=2)
         here = DistributedContext(rank, 2, torch.device("cpu"))
         trainer = Trainer(build(tiny(), 3), tiny(), here, examples, batches)
         losses = trainer.epoch()
@@ -260,7 +260,7 @@ def test_an_error_of_two_processes(data: Path, shared: Path) -> None:
     done = torchrun(*options(data, shared, *SHARED))
     assert done.returncode != 0
     assert "detect.py: error: " in done.stderr
-    assert "last.pth exists; go on from it with --resume" in done.stderr
+    assert "last.pth exists; resume from it with --resume" in done.stderr
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])

@@ -14,7 +14,7 @@ for name in ("torchvision", "timm", "pycocotools"):
 
 from PIL import Image
 
-from benchmarks.accuracy.common.sampler import seed
+from benchmarks.accuracy.common.sampler import seed_everything
 from benchmarks.accuracy.detection import shapes
 from benchmarks.accuracy.detection.coco import read
 from benchmarks.accuracy.detection.dataset import Examples, Images
@@ -69,7 +69,7 @@ def test_half_of_the_images_are_mirrored_as_the_seed_says(tmp_path: Path) -> Non
     plain, _ = Examples(examples.split, masks=False, flip=0.0)[0]
 
     def mirrored(number: int) -> bool:
-        seed(number)
+        seed_everything(number)
         return not torch.equal(examples[0][0], plain)
 
     drawn = [mirrored(number) for number in range(200)]

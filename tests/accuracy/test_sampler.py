@@ -55,7 +55,7 @@ def test_parts_make_up_the_same_batches(processes: int, accumulate: int) -> None
     parts = [
         list(
             seeds.DistributedBatchSampler(
-                23, 8, 1, rank=rank, processes=processes, accumulate=accumulate
+                23, 8, 1, rank=rank, world_size=processes, accumulation_steps=accumulate
             )
         )
         for rank in range(processes)

@@ -6,7 +6,7 @@ from functools import partial
 from torch import nn
 
 import simam
-from benchmarks.accuracy.common.sampler import seed
+from benchmarks.accuracy.common.sampler import seed_everything
 from simam.cli import models as zoo
 from simam.messages import UserError
 
@@ -42,7 +42,7 @@ def build(
     Raises:
         UserError: the name is unknown, or the network has no place for the attention.
     """
-    seed(number)  # also of what zoo.build leaves to the layers of attention
+    seed_everything(number)  # also of what zoo.build leaves to the layers of attention
     if name in NETWORKS:
         model = NETWORKS[name](num_classes=classes)
     elif name.startswith("cifar_"):

@@ -53,14 +53,14 @@ class Trainer(BaseTrainer):
         super().__init__(model, optimizer, dist_context, data, batches, amp=amp, workers=workers)
         self.scheduler, self.channels_last = scheduler, channels_last
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
         averaged = {"state_dict_ema": self.ema.module.state_dict()} if self.ema else {}
-        return super().state() | averaged
+        return super().state_dict() | averaged
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        super().load(state)
+        super().load_state_dict(state)
         self.scheduler.step_update(self.step)
         if self.ema:
             self.ema.module.load_state_dict(state["state_dict_ema"])
@@ -77,8 +77,8 @@ class Trainer(BaseTrainer):
         self.parallel.train()
         self.batches.epoch = number
         sums = torch.zeros(3, dtype=torch.float64, device=self.dist_context.device)
-        turns, accumulate = iter(self.loader), self.batches.accumulate
-        some = min(self.batches.steps, steps - self.step)
+        turns, accumulate = iter(self.loader), self.accumulation_steps
+        some = min(self.batches.steps_per_epoch, steps - self.step)
         with tqdm(
             total=some,
             desc=f"epoch {number + 1}",
@@ -87,22 +87,22 @@ class Trainer(BaseTrainer):
         ) as bar:
             for done in range(1, some + 1):
                 sums += sum(self._turn(*next(turns), turn) for turn in range(accumulate))
-                self.update()
+                self.optimizer_step()
                 self.scheduler.step_update(self.step)
                 if self.ema:
                     self.ema.update(self.model)
                 bar.update()
                 if done % LOOK == 0 or done == some:
                     bar.set_postfix(loss=f"{self._mean_loss(sums):.3f}")
-        if self.dist_context.size > 1:
-            distribute_bn(self.model, self.dist_context.size)
+        if self.dist_context.world_size > 1:
+            distribute_bn(self.model, self.dist_context.world_size)
         loss, right, images = self.dist_context.all_reduce_sum(sums).tolist()
         return {"train_loss": loss / images, "train_top1": 100 * right / images}
 
     def _turn(self, images: Tensor, labels: Tensor, turn: int) -> Tensor:
         """Add the gradients of a part of a batch; its loss, hits and images."""
         images, labels = place(images, labels, self.dist_context.device, self.channels_last)
-        with self.part(turn):
+        with self.micro_batch(turn):
             with autocast(self.dist_context.device, self.amp):
                 scores = self.parallel(images)
                 if not isinstance(scores, Tensor):
@@ -111,7 +111,7 @@ class Trainer(BaseTrainer):
                         "training; expected scores alone, so name a model without auxiliary heads"
                     )
                 loss = F.cross_entropy(scores, labels)
-            self.add_gradients(loss)
+            self.backward(loss)
         right = (scores.detach().argmax(1) == labels).sum()
         return torch.stack([loss.detach() * len(labels), right, right.new_tensor(len(labels))])
 
@@ -147,7 +147,7 @@ def evaluate(
         channels_last (bool): as for training.
         workers (int): processes that prepare images.
     """
-    share = Subset(data, range(dist_context.rank, len(data), dist_context.size))
+    share = Subset(data, range(dist_context.rank, len(data), dist_context.world_size))
     loader = DataLoader(share, batch, num_workers=workers)
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=dist_context.device)

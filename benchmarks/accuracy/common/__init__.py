@@ -1,1 +1,1 @@
-"""What the training scripts share: recipes, data, networks, and runs that can go on."""
+"""Shared by the training scripts: trainer, sampler, processes, checkpoints, log, options."""

@@ -1,8 +1,7 @@
-"""Files that are whole or not there: checkpoints, and what is written beside them.
+"""Write files atomically: checkpoints, and the other files of a run.
 
-timm's CheckpointSaver removes the last checkpoint before the new one takes its place, so that a
-run killed in between is left without. It also stores the arguments as an object, for which reading
-the file safely takes an exception.
+timm's CheckpointSaver removes the last checkpoint before it renames the new one, so a run killed in
+between loses both. It also pickles the arguments as an object, which a safe reader has to allow.
 """
 
 import io
@@ -17,24 +16,24 @@ import torch
 from simam.messages import UserError, one_line
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file such that at any moment, even of a crash, the old or the new one is there.
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that, even after a crash, the path holds the old or the new content.
 
     Args:
         path (Path): the file.
-        write (callable): writes the content into the file that it is given.
+        write (callable): writes the content to the open file that it is called with.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(unfinished, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        os.replace(temporary, path)
     finally:
-        unfinished.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name, too, is to survive a loss of power
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the renaming also has to survive a loss of power
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -43,21 +42,21 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write a file of JSON."""
+    """Write a JSON file."""
     text = json.dumps(content, indent=1) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def save(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint: tensors and plain values, in dicts, lists and tuples."""
-    write_whole(path, lambda file: torch.save(content, file))
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint that `save` wrote, onto the CPU, without running code from it.
+    """Read a checkpoint onto the CPU, without running code from it.
 
     Raises:
-        UserError: the file is missing, damaged, or no checkpoint of a run.
+        UserError: the file is missing, damaged, or not the checkpoint of a run.
     """
     try:
         file = io.BytesIO(path.read_bytes())
@@ -65,8 +64,8 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no checkpoint may break anywhere in the reader
-        raise UserError(f"{path} is damaged or no checkpoint: {one_line(error)}") from error
+    except Exception as error:  # a damaged file may fail anywhere in the reader
+        raise UserError(f"{path} is damaged or not a checkpoint: {one_line(error)}") from error
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise UserError(f"{path} is no checkpoint of a run; expected one that a run wrote")
+        raise UserError(f"{path} is not the checkpoint of a run: it has no state_dict")
     return content

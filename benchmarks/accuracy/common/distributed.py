@@ -1,4 +1,4 @@
-"""The processes that train together, one or those that torchrun started."""
+"""The processes that train together: one, or those that torchrun started."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,56 +15,56 @@ from simam.messages import UserError
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process among those that train together.
+    """This process among the processes that train together.
 
     Attributes:
-        rank (int): its number; the first, 0, alone prints and writes.
-        size (int): how many there are.
-        device (torch.device): what it computes on.
+        rank (int): index of this process.
+        world_size (int): number of processes.
+        device (torch.device): where this process computes.
     """
 
     rank: int
-    size: int
+    world_size: int
     device: torch.device
 
     @property
     def is_primary(self) -> bool:
-        """Whether this process prints and writes."""
+        """Whether this process is the one that prints and writes files."""
         return self.rank == 0
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
-        if self.size > 1:
+        """Sum a tensor over all processes, in place."""
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def barrier(self) -> None:
-        """Go on when all processes are here."""
-        if self.size > 1:
+        """Wait until all processes have called this."""
+        if self.world_size > 1:
             dist.barrier()
 
 
 @contextmanager
 def distributed_context(device: str | None = None) -> Iterator[DistributedContext]:
-    """Join the processes that torchrun started, by NCCL on GPUs and by gloo elsewhere.
+    """Join the processes that torchrun started; they communicate by NCCL on GPUs, else by gloo.
 
     Args:
-        device (str, optional): "cpu" or "cuda"; by default a GPU if there is one.
+        device (str, optional): "cpu" or "cuda"; by default "cuda" if a GPU is available.
 
     Raises:
-        UserError: there is no such device.
+        UserError: the device is unknown or not available.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        asked = torch.device(device)
+        requested = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"--device: expected cpu or cuda, got {device!r}") from error
-    if asked.type == "cuda" and not torch.cuda.is_available():
+    if requested.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; use --device cpu")
-    found = SimpleNamespace(device=device)
-    init_distributed_device(found)
+    process = SimpleNamespace(device=device)
+    init_distributed_device(process)  # sets rank, world_size, distributed and the device's index
     try:
-        yield DistributedContext(found.rank, found.world_size, torch.device(found.device))
+        yield DistributedContext(process.rank, process.world_size, torch.device(process.device))
     finally:
-        if found.distributed:
+        if process.distributed:
             dist.destroy_process_group()

@@ -1,72 +1,73 @@
-"""What a run found, epoch by epoch: a table, curves, and TensorBoard when asked."""
+"""The log of a run, epoch by epoch: a table, curves and, if requested, TensorBoard events."""
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from simam.messages import UserError
+from simam.messages import UserError, install_hint
 
-from .checkpoint import write_whole
-
-_EXTRA = 'pip install "simam[train]"'
+from .checkpoint import write_atomically
 
 
 class RunLog:
-    """The rows of a run, written to `log.csv` as they come and to `curves.png` at the end.
+    """Writes the rows of a run: `log.csv` after every epoch, `curves.png` at the end.
 
     Args:
         folder (Path): where to write.
-        curves (dict of str to tuple of str): columns to draw together, by the title of the plot.
-        rows (list of dict): those of the run so far, if it goes on.
-        tensorboard (bool): whether to write TensorBoard's events, too.
+        curves (dict of str to tuple of str): columns to plot together, by the title of the plot.
+        rows (list of dict): the rows of a resumed run so far.
+        tensorboard (bool): whether to write TensorBoard's event files too.
 
     Raises:
-        UserError: TensorBoard is asked for and missing.
+        UserError: TensorBoard is requested but not installed.
     """
 
     def __init__(
         self,
         folder: Path,
         curves: Mapping[str, tuple[str, ...]],
-        rows: list[dict[str, Any]],
+        rows: Sequence[dict[str, Any]],
         *,
         tensorboard: bool = False,
     ) -> None:
         self.folder, self.curves, self.rows = folder, curves, list(rows)
-        self._events = None
+        self._events: Any = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise UserError(f"--tensorboard needs tensorboard ({error}): {_EXTRA}") from error
-            # Events after the epoch at which a run goes on are those of the run that broke off.
+                hint = install_hint("train")
+                raise UserError(f"--tensorboard needs tensorboard ({error}); {hint}") from error
+            # Drops the events after the epoch that a resumed run continues from.
             self._events = SummaryWriter(folder, purge_step=len(self.rows))
 
     def add(self, row: dict[str, Any]) -> None:
-        """One epoch: the row must have the columns of those before it."""
+        """Write the row of an epoch; it must have the same columns as the earlier rows."""
         self.rows.append(row)
         text = io.StringIO()
         writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write_whole(self.folder / "log.csv", lambda file: file.write(text.getvalue().encode()))
+        write_atomically(self.folder / "log.csv", lambda file: file.write(text.getvalue().encode()))
         for name, value in row.items() if self._events else ():
             self._events.add_scalar(name, value, len(self.rows) - 1)
 
     def close(self) -> None:
-        """Draw the curves."""
+        """Plot the curves."""
         if self._events:
             self._events.close()
         if self.rows:
-            draw(self.rows, self.curves, self.folder / "curves.png")
+            plot(self.rows, self.curves, self.folder / "curves.png")
 
 
-def draw(rows: list[dict[str, Any]], curves: Mapping[str, tuple[str, ...]], path: Path) -> None:
-    """Draw columns of rows over the epochs, one plot for every title."""
-    with picture(path, 5 * len(curves), 3.6) as figure:
+def plot(
+    rows: Sequence[Mapping[str, Any]], curves: Mapping[str, tuple[str, ...]], path: Path
+) -> None:
+    """Plot columns of the log over the epochs, one plot for every title in `curves`."""
+    with png_figure(path, 5 * len(curves), 3.6) as figure:
         plots = figure.subplots(1, len(curves), squeeze=False)[0]
         for axes, (title, columns) in zip(plots, curves.items(), strict=True):
             for column in columns:
@@ -79,18 +80,23 @@ def draw(rows: list[dict[str, Any]], curves: Mapping[str, tuple[str, ...]], path
 
 
 @contextmanager
-def picture(path: Path, width: float, height: float) -> Iterator[Any]:
-    """A figure of matplotlib to draw into, which becomes a PNG file in the end.
+def png_figure(path: Path, width: float, height: float) -> Iterator[Any]:
+    """A matplotlib figure, saved as a PNG file when the context ends.
+
+    Args:
+        path (Path): the PNG file.
+        width (float): in inches.
+        height (float): in inches.
 
     Raises:
-        UserError: matplotlib is missing.
+        UserError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError(f"curves need matplotlib ({error}): {_EXTRA}") from error
+        raise UserError(f"plots need matplotlib ({error}); {install_hint('train')}") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    write_whole(path, lambda file: file.write(buffer.getvalue()))
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))

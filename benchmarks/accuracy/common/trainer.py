@@ -1,4 +1,7 @@
-"""Steps of a training, whatever is trained: in parts, on several devices, in mixed precision."""
+"""The training step shared by classification and detection.
+
+It handles gradient accumulation, several devices and mixed precision.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,21 +13,27 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from .distributed import DistributedContext
-from .sampler import DistributedBatchSampler, SeededDataset, seed
+from .sampler import DistributedBatchSampler, SeededDataset, seed_everything
 
 
 class BaseTrainer:
-    """A network and all that changes with it from step to step.
+    """A network and everything that changes with it from step to step.
 
     Args:
         model (nn.Module): the network, on its device.
-        optimizer (Optimizer): of its parameters.
-        dist_context (DistributedContext): that train together.
-        data (Dataset): what is trained on.
-        batches (DistributedBatchSampler): in which order.
-        amp (str): "none", or the dtype of what autocast computes.
-        workers (int): processes that prepare images.
-        collate (callable, optional): makes a batch of a list of items; torch's if not given.
+        optimizer (Optimizer): updates the network's parameters.
+        dist_context (DistributedContext): the processes that train together.
+        data (Dataset): the training set.
+        batches (DistributedBatchSampler): the order of the training set.
+        amp (str): "none", "bfloat16" or "float16", the dtype of automatic mixed precision.
+        workers (int): worker processes that load data.
+        collate (callable, optional): merges a list of items into a batch; by default torch's.
+
+    Attributes:
+        accumulation_steps (int): micro-batches per optimizer step in this process.
+        parallel (nn.Module): the network, wrapped in DistributedDataParallel if there are several
+            processes.
+        step (int): optimizer steps so far.
     """
 
     def __init__(
@@ -32,7 +41,7 @@ class BaseTrainer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         dist_context: DistributedContext,
-        data: Dataset,
+        data: Dataset[Any],
         batches: DistributedBatchSampler,
         *,
         amp: str,
@@ -41,20 +50,22 @@ class BaseTrainer:
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.dist_context, self.batches, self.amp = dist_context, batches, amp
+        self.accumulation_steps = batches.accumulation_steps
         self.step = 0
         device = dist_context.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=amp == "float16")
         self.loader = DataLoader(
-            SeededDataset(data, batches.number),
+            SeededDataset(data, batches.seed),
             batch_sampler=batches,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device == "cuda",
             collate_fn=collate,
         )
-        self.parallel = DistributedDataParallel(model) if dist_context.size > 1 else model
+        distributed = dist_context.world_size > 1
+        self.parallel = DistributedDataParallel(model) if distributed else model
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
         return {
             "state_dict": self.model.state_dict(),
@@ -63,29 +74,36 @@ class BaseTrainer:
             "step": self.step,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["state_dict"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
 
     @contextmanager
-    def part(self, turn: int) -> Iterator[None]:
-        """A part of a step, forward and backward; devices exchange gradients in the last alone."""
-        size = self.dist_context.size
-        # Dropout draws, and so does a detector, which learns from some regions among many.
-        seed(self.batches.number, self.step, turn * size + self.dist_context.rank)
-        waits = size > 1 and turn < self.batches.accumulate - 1
-        with self.parallel.no_sync() if waits else nullcontext():
+    def micro_batch(self, accumulation_step: int) -> Iterator[None]:
+        """Run forward and backward of one micro-batch inside this context.
+
+        Processes exchange gradients only in the last micro-batch of an optimizer step.
+
+        Args:
+            accumulation_step (int): index of the micro-batch within the optimizer step.
+        """
+        world_size = self.dist_context.world_size
+        # The forward pass is random: dropout, and the regions that a detector samples.
+        part = accumulation_step * world_size + self.dist_context.rank
+        seed_everything(self.batches.seed, self.step, part)
+        is_last = accumulation_step == self.accumulation_steps - 1
+        with nullcontext() if world_size == 1 or is_last else self.parallel.no_sync():
             yield
 
-    def add_gradients(self, loss: Tensor) -> None:
-        """Add those of the mean loss of a part to those of the step."""
-        self.scaler.scale(loss / self.batches.accumulate).backward()
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch's mean loss to those of the optimizer step."""
+        self.scaler.scale(loss / self.accumulation_steps).backward()
 
-    def update(self) -> None:
-        """End a step: change the weights."""
+    def optimizer_step(self) -> None:
+        """Update the weights and clear the gradients."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -93,6 +111,6 @@ class BaseTrainer:
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Automatic mixed precision, or none."""
+    """Automatic mixed precision in the dtype `amp`; disabled if it is "none"."""
     dtype = None if amp == "none" else getattr(torch, amp)
     return torch.autocast(device.type, dtype, enabled=amp != "none")

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import torch
 
-from benchmarks.accuracy.common.options import add_where, positive
+from benchmarks.accuracy.common.options import add_run_options, positive_int
 
 from .recipes import RECIPES, Recipe
 
@@ -33,9 +33,9 @@ def parse(description: str, arguments: list[str] | None = None) -> argparse.Name
     how.add_argument("--recipe", choices=RECIPES, help="default: shapes; with --data, paper-coco")
     for number in fields(Recipe):
         _add_number(how, number)
-    how.add_argument("--accumulate", type=positive, default=1, help="turns that a step takes")
+    how.add_argument("--accumulate", type=positive_int, default=1, help="turns that a step takes")
     how.add_argument("--seed", type=int, default=0, help="default: 0")
-    add_where(parser)
+    add_run_options(parser)
     options = parser.parse_args(arguments)
     if options.evaluate != bool(options.weights):
         parser.error(

@@ -42,7 +42,7 @@ class Trainer(BaseTrainer):
     ) -> None:
         optimizer = torch.optim.SGD(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=recipe.rate(0, batches.steps),
+            lr=recipe.rate(0, batches.steps_per_epoch),
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
         )
@@ -61,7 +61,7 @@ class Trainer(BaseTrainer):
             UserError: the loss is no number any more.
         """
         self.parallel.train()
-        steps, parts = self.batches.steps, self.batches.accumulate
+        steps, parts = self.batches.steps_per_epoch, self.accumulation_steps
         self.batches.epoch = number = self.step // steps
         sums: dict[str, Tensor] = {}
         turns = iter(self.loader)
@@ -73,11 +73,11 @@ class Trainer(BaseTrainer):
             for turn in range(parts):
                 for name, loss in self._turn(next(turns), turn).items():
                     sums[name] = sums.get(name, 0) + loss.double()
-            self.update()
-        if self.dist_context.size > 1:  # each has seen other images; the first one's are kept
-            distribute_bn(self.model, self.dist_context.size)
+            self.optimizer_step()
+        if self.dist_context.world_size > 1:  # each has seen other images; the first one's are kept
+            distribute_bn(self.model, self.dist_context.world_size)
         values = self.dist_context.all_reduce_sum(torch.stack(list(sums.values())))
-        values = values / (steps * parts * self.dist_context.size)
+        values = values / (steps * parts * self.dist_context.world_size)
         return dict(zip(sums, values.tolist(), strict=True))
 
     def _turn(self, examples: list[tuple[Tensor, dict[str, Tensor]]], turn: int) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Trainer(BaseTrainer):
         device = self.dist_context.device
         images = [image.to(device) for image, _ in examples]
         targets = [{name: t.to(device) for name, t in target.items()} for _, target in examples]
-        with self.part(turn):
+        with self.micro_batch(turn):
             with autocast(device, self.amp):
                 losses = self.parallel(images, targets)
                 loss = sum(losses.values())
@@ -95,5 +95,5 @@ class Trainer(BaseTrainer):
                     f"the loss is {loss.item()} at step {self.step} ({each}); lower --lr, or "
                     "train with --amp none or bfloat16"
                 )
-            self.add_gradients(loss)
+            self.backward(loss)
         return {"loss": loss.detach()} | {name: value.detach() for name, value in losses.items()}
