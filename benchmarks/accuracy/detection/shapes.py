@@ -1,4 +1,4 @@
-"""A data set of drawn shapes in COCO's format: small, drawn in seconds, reproducible from a seed."""
+"""Draws a small data set of shapes in COCO's format, reproducible from a seed."""
 
 import io
 import json
@@ -97,7 +97,7 @@ def _background(random: Generator) -> NDArray[np.float64]:
     canvas = np.asarray(spots.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.float64)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     wave = random.uniform(-0.6, 0.6, 2)
-    stripes = 15 * np.sin(wave[0] * x + wave[1] * y)
+    stripes: NDArray[np.float64] = 15 * np.sin(wave[0] * x + wave[1] * y)
     return canvas + stripes[..., None] + random.normal(0, 10, canvas.shape)
 
 
