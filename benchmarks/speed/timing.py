@@ -5,13 +5,14 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import simam
 
@@ -71,6 +72,27 @@ def _time(call: Callable[[], object], repeats: int) -> float:
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
+
+
+def saved_bytes(call: Callable[[], object], exclude: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps for backward while `call()` runs; each storage counts once.
+
+    Args:
+        call (callable): runs a forward pass.
+        exclude (iterable of Tensor): tensors whose storages do not count, such as parameters.
+    """
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in excluded:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(sizes.values())
 
 
 def quartiles(values: list[float]) -> list[float]:

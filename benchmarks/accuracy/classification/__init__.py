@@ -1,1 +1,1 @@
-"""Image classification: recipes, data, networks, training."""
+"""Image classification: command line, recipes, data, networks and training."""

@@ -1,39 +1,33 @@
-"""The paper's recipes for classification, number by number, and a small one.
+"""Recipes: every number of the paper's trainings for classification, and of a small one.
 
-Where the paper and the authors' commands differ, the commands: for MobileNetV2 they say 0.05, the
-paper 0.5.
+Where the paper and the authors' commands differ, the recipe follows the commands: for MobileNetV2
+they set the learning rate to 0.05, the paper to 0.5.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; every number can be given on the command line instead.
+    """How to train a network.
 
     Attributes:
-        model (str): the network, if none is named.
-        e_lambda (float): of SimAM.
-        batch_size (int): images of a step, on all devices together.
-        lr (float): the learning rate at the start.
-        weight_decay (float): of all parameters.
-        epochs (int or None): length of the training, or
-        steps (int or None): its length in steps, whatever an epoch is.
-        milestones (tuple of int): when the learning rate is divided by 10, in the unit of the
-            length; none: it falls to 0 along a cosine, step by step.
-        crop (str): "resized", a crop of random size and shape, resized; "padded", a crop of the
-            image's own size after padding.
-        input_size (int or None): side of what the network sees; None: that of the images.
-        resize (int or None): short side before the centre crop that is evaluated.
-        padding (int): pixels on every side, for "padded".
-        flip (bool): mirror half of the images.
+        model (str): the default network.
+        e_lambda (float): lambda of SimAM.
+        batch_size (int): images per optimizer step, over all devices.
+        lr (float): initial learning rate.
+        weight_decay (float): applied to all parameters.
+        length (int): length of the training, in `unit`.
+        unit (str): "epoch" or "step", the unit of length and milestones.
+        milestones (tuple of int): when the learning rate is divided by 10; without milestones it
+            falls to 0 along a cosine, step by step.
+        crop (str): "resized" crops at random size and aspect ratio, then resizes; "padded" pads,
+            then crops to the size before padding.
+        input_size (int or None): side of the network's input; None keeps the size of the images.
+        resize (int or None): shorter side before the centre crop of test images.
+        padding (int): pixels added on every side, for "padded".
+        flip (bool): whether half of the training images are mirrored.
         momentum (float): of SGD.
     """
 
@@ -42,15 +36,26 @@ class Recipe:
     batch_size: int
     lr: float
     weight_decay: float
-    epochs: int | None
-    steps: int | None
+    length: int
     milestones: tuple[int, ...]
-    crop: str
+    crop: Literal["resized", "padded"]
     input_size: int | None
     resize: int | None
     padding: int
     flip: bool
+    unit: Literal["epoch", "step"] = "epoch"
     momentum: float = 0.9
+
+    def total_steps(self, steps_per_epoch: int, epochs: int | None = None) -> int:
+        """Number of optimizer steps in a training.
+
+        Args:
+            steps_per_epoch (int): optimizer steps in an epoch.
+            epochs (int, optional): length of the training; by default the recipe's.
+        """
+        if epochs is None and self.unit == "step":
+            return self.length
+        return (self.length if epochs is None else epochs) * steps_per_epoch
 
 
 RECIPES = {
@@ -60,8 +65,7 @@ RECIPES = {
         batch_size=64,
         lr=0.1,
         weight_decay=5e-4,
-        epochs=15,
-        steps=None,
+        length=15,
         milestones=(),
         crop="padded",
         input_size=None,
@@ -75,8 +79,7 @@ RECIPES = {
         batch_size=256,
         lr=0.1,
         weight_decay=1e-4,
-        epochs=100,
-        steps=None,
+        length=100,
         milestones=(30, 60, 90),
         crop="resized",
         input_size=224,
@@ -90,8 +93,7 @@ RECIPES = {
         batch_size=256,
         lr=0.05,
         weight_decay=4e-5,
-        epochs=150,
-        steps=None,
+        length=150,
         milestones=(),
         crop="resized",
         input_size=224,
@@ -99,14 +101,14 @@ RECIPES = {
         padding=0,
         flip=True,
     ),
-    "paper-cifar": Recipe(  # 64,000 steps are 164 epochs of CIFAR
+    "paper-cifar": Recipe(
         model="cifar_resnet20",
         e_lambda=1e-4,
         batch_size=128,
         lr=0.1,
         weight_decay=5e-4,
-        epochs=None,
-        steps=64_000,
+        length=64_000,  # 164 epochs of CIFAR
+        unit="step",
         milestones=(32_000, 48_000),
         crop="padded",
         input_size=32,
@@ -115,38 +117,3 @@ RECIPES = {
         flip=True,
     ),
 }
-
-
-def length(recipe: Recipe, steps_per_epoch: int, epochs: int | None = None) -> int:
-    """Steps of a training, by the recipe or for so many epochs."""
-    if epochs is None and recipe.steps is not None:
-        return recipe.steps
-    return (recipe.epochs if epochs is None else epochs) * steps_per_epoch
-
-
-def optimizer(
-    model: nn.Module, lr: float, weight_decay: float, momentum: float
-) -> torch.optim.Optimizer:
-    """SGD, without Nesterov's change; weight decay on all parameters, norms and biases too."""
-    return create_optimizer_v2(
-        model,
-        "momentum",
-        lr=lr,
-        weight_decay=weight_decay,
-        momentum=momentum,
-        filter_bias_and_bn=False,
-    )
-
-
-def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Scheduler:
-    """The learning rate over a training of so many steps; milestones keep their share of it."""
-    whole = recipe.steps if recipe.epochs is None else recipe.epochs
-    if recipe.milestones:
-        return steps_down(optimizer, [m * steps // whole for m in recipe.milestones])
-    return CosineLRScheduler(optimizer, t_initial=steps, t_in_epochs=False)
-
-
-def steps_down(optimizer: torch.optim.Optimizer, milestones: Sequence[int]) -> Scheduler:
-    """A tenth of the learning rate from each of these steps on."""
-    one_later = [milestone + 1 for milestone in milestones]  # timm's come one step early
-    return MultiStepLRScheduler(optimizer, one_later, decay_rate=0.1, t_in_epochs=False)

@@ -1,4 +1,4 @@
-"""The training of a classifier, and how good it is."""
+"""Trains a classifier for an epoch, and evaluates one."""
 
 import math
 from typing import Any
@@ -16,23 +16,25 @@ from benchmarks.accuracy.common.sampler import DistributedBatchSampler
 from benchmarks.accuracy.common.trainer import BaseTrainer, autocast
 from simam.messages import UserError
 
-LOOK = 50  # steps between two looks at the loss, for each of which a GPU has to wait
+from .datasets import LabelledImages
+
+LOSS_INTERVAL = 50  # steps between two readings of the loss, each of which waits for the GPU
 
 
 class Trainer(BaseTrainer):
-    """A classifier in training.
+    """Trains a classifier.
 
     Args:
         model (nn.Module): the network, on its device.
-        optimizer (Optimizer): of its parameters.
-        scheduler (Scheduler): timm's, counting steps.
-        dist_context (DistributedContext): that train together.
-        data (Dataset): what is trained on.
-        batches (DistributedBatchSampler): in which order.
-        amp (str): "none", or the dtype of what autocast computes.
-        channels_last (bool): layout of the images.
-        ema (float or None): decay of the average of the weights; none: there is no average.
-        workers (int): processes that prepare images.
+        optimizer (Optimizer): updates the network's parameters.
+        scheduler (Scheduler): timm's, updated after every step.
+        dist_context (DistributedContext): the processes that train together.
+        data (Dataset): the training set.
+        batches (DistributedBatchSampler): the order of the training set.
+        amp (str): "none", "bfloat16" or "float16", the dtype of automatic mixed precision.
+        channels_last (bool): memory layout of the images.
+        ema (float or None): decay of the average of the weights; None keeps no average.
+        workers (int): worker processes that load images.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Trainer(BaseTrainer):
         optimizer: torch.optim.Optimizer,
         scheduler: Scheduler,
         dist_context: DistributedContext,
-        data: Dataset,
+        data: Dataset[Any],
         batches: DistributedBatchSampler,
         *,
         amp: str,
@@ -55,71 +57,79 @@ class Trainer(BaseTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
-        averaged = {"state_dict_ema": self.ema.module.state_dict()} if self.ema else {}
-        return super().state_dict() | averaged
+        average = {"state_dict_ema": self.ema.module.state_dict()} if self.ema else {}
+        return super().state_dict() | average
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore what `state_dict` returned."""
         super().load_state_dict(state)
         self.scheduler.step_update(self.step)
         if self.ema:
             self.ema.module.load_state_dict(state["state_dict_ema"])
 
-    def epoch(self, number: int, steps: int) -> dict[str, float]:
-        """Train for an epoch, or to the end of so many steps in all.
+    def epoch(self, number: int, total_steps: int) -> dict[str, float]:
+        """Train for one epoch, or until the training has taken `total_steps` optimizer steps.
+
+        Args:
+            number (int): index of the epoch, from 0.
+            total_steps (int): length of the whole training.
 
         Returns:
-            dict of str to float: mean loss, and accuracy in percent, on the batches as they came.
+            dict of str to float: mean loss, and accuracy in percent, of the training images,
+                each measured just before the step that learns from it.
 
         Raises:
-            UserError: the loss is no number any more.
+            UserError: the loss is infinite or NaN.
         """
         self.parallel.train()
         self.batches.epoch = number
         sums = torch.zeros(3, dtype=torch.float64, device=self.dist_context.device)
-        turns, accumulate = iter(self.loader), self.accumulation_steps
-        some = min(self.batches.steps_per_epoch, steps - self.step)
+        micro_batches = iter(self.loader)
+        steps = min(self.batches.steps_per_epoch, total_steps - self.step)
         with tqdm(
-            total=some,
+            total=steps,
             desc=f"epoch {number + 1}",
             leave=False,
             disable=None if self.dist_context.is_primary else True,
         ) as bar:
-            for done in range(1, some + 1):
-                sums += sum(self._turn(*next(turns), turn) for turn in range(accumulate))
+            for done in range(1, steps + 1):
+                for accumulation_step in range(self.accumulation_steps):
+                    images, labels = next(micro_batches)
+                    sums += self._forward_backward(images, labels, accumulation_step)
                 self.optimizer_step()
                 self.scheduler.step_update(self.step)
                 if self.ema:
                     self.ema.update(self.model)
                 bar.update()
-                if done % LOOK == 0 or done == some:
+                if done % LOSS_INTERVAL == 0 or done == steps:
                     bar.set_postfix(loss=f"{self._mean_loss(sums):.3f}")
         if self.dist_context.world_size > 1:
             distribute_bn(self.model, self.dist_context.world_size)
-        loss, right, images = self.dist_context.all_reduce_sum(sums).tolist()
-        return {"train_loss": loss / images, "train_top1": 100 * right / images}
+        loss, correct, count = self.dist_context.all_reduce_sum(sums).tolist()
+        return {"train_loss": loss / count, "train_top1": 100 * correct / count}
 
-    def _turn(self, images: Tensor, labels: Tensor, turn: int) -> Tensor:
-        """Add the gradients of a part of a batch; its loss, hits and images."""
-        images, labels = place(images, labels, self.dist_context.device, self.channels_last)
-        with self.micro_batch(turn):
+    def _forward_backward(self, images: Tensor, labels: Tensor, accumulation_step: int) -> Tensor:
+        """Add the gradients of a micro-batch; return its summed loss, hits and images."""
+        images, labels = to_device(images, labels, self.dist_context.device, self.channels_last)
+        with self.micro_batch(accumulation_step):
             with autocast(self.dist_context.device, self.amp):
                 scores = self.parallel(images)
                 if not isinstance(scores, Tensor):
                     raise UserError(
                         f"{type(self.model).__name__} returns a {type(scores).__name__} in "
-                        "training; expected scores alone, so name a model without auxiliary heads"
+                        "training; expected one tensor of scores, so name a model without "
+                        "auxiliary heads"
                     )
                 loss = F.cross_entropy(scores, labels)
             self.backward(loss)
-        right = (scores.detach().argmax(1) == labels).sum()
-        return torch.stack([loss.detach() * len(labels), right, right.new_tensor(len(labels))])
+        correct = (scores.detach().argmax(1) == labels).sum()
+        return torch.stack([loss.detach() * len(labels), correct, correct.new_tensor(len(labels))])
 
     def _mean_loss(self, sums: Tensor) -> float:
         loss = (sums[0] / sums[2]).item()
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss is {loss} at step {self.step}; lower --lr, or go on from the last "
+                f"the loss is {loss} at step {self.step}; lower --lr, or start from the last "
                 "checkpoint with a new --output and --weights"
             )
         return loss
@@ -128,10 +138,10 @@ class Trainer(BaseTrainer):
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    data: Dataset,
+    data: LabelledImages,
     dist_context: DistributedContext,
     *,
-    batch: int,
+    batch_size: int,
     amp: str,
     channels_last: bool,
     workers: int,
@@ -140,36 +150,36 @@ def evaluate(
 
     Args:
         model (nn.Module): the network, on its device.
-        data (Dataset): (image, class); each process takes its share.
-        dist_context (DistributedContext): that evaluate together.
-        batch (int): images at a time.
-        amp (str): as for training.
-        channels_last (bool): as for training.
-        workers (int): processes that prepare images.
+        data (Dataset): the test set, which is divided among the processes.
+        dist_context (DistributedContext): the processes that evaluate together.
+        batch_size (int): images per forward pass.
+        amp (str): "none", "bfloat16" or "float16", the dtype of automatic mixed precision.
+        channels_last (bool): memory layout of the images.
+        workers (int): worker processes that load images.
     """
     share = Subset(data, range(dist_context.rank, len(data), dist_context.world_size))
-    loader = DataLoader(share, batch, num_workers=workers)
+    loader = DataLoader(share, batch_size, num_workers=workers)
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=dist_context.device)
     for images, labels in tqdm(
         loader, desc="test", leave=False, disable=None if dist_context.is_primary else True
     ):
-        images, labels = place(images, labels, dist_context.device, channels_last)
+        images, labels = to_device(images, labels, dist_context.device, channels_last)
         with autocast(dist_context.device, amp):
             scores = model(images)
         scores = scores.float()
-        best = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+        hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
         sums[0] += F.cross_entropy(scores, labels, reduction="sum")
-        sums[1] += best[:, 0].sum()
-        sums[2] += best.sum()
+        sums[1] += hits[:, 0].sum()
+        sums[2] += hits.sum()
     loss, top1, top5 = (dist_context.all_reduce_sum(sums) / len(data)).tolist()
     return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
 
 
-def place(
+def to_device(
     images: Tensor, labels: Tensor, device: torch.device, channels_last: bool
 ) -> tuple[Tensor, Tensor]:
-    """A batch on the device, in the layout of the network."""
+    """Copy a batch to the device, with images in the network's memory layout."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = images.to(device, non_blocking=True, memory_format=layout)
     return images, labels.to(device, non_blocking=True)

@@ -4,7 +4,7 @@ It handles gradient accumulation, several devices and mixed precision.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,12 +90,14 @@ class BaseTrainer:
         Args:
             accumulation_step (int): index of the micro-batch within the optimizer step.
         """
-        world_size = self.dist_context.world_size
         # The forward pass is random: dropout, and the regions that a detector samples.
-        part = accumulation_step * world_size + self.dist_context.rank
+        part = accumulation_step * self.dist_context.world_size + self.dist_context.rank
         seed_everything(self.batches.seed, self.step, part)
         is_last = accumulation_step == self.accumulation_steps - 1
-        with nullcontext() if world_size == 1 or is_last else self.parallel.no_sync():
+        if isinstance(self.parallel, DistributedDataParallel) and not is_last:
+            with self.parallel.no_sync():
+                yield
+        else:
             yield
 
     def backward(self, loss: Tensor) -> None:
