@@ -1,21 +1,21 @@
-"""Train and evaluate Faster R-CNN and Mask R-CNN with SimAM in the backbone, by the paper's recipe.
+"""Train or evaluate Faster R-CNN or Mask R-CNN with SimAM in the backbone, or without.
 
-Run from the root of a checkout. Without arguments, trains a small Mask R-CNN on drawn shapes:
+Run from the root of a checkout. Without options, it trains a small Mask R-CNN on drawn shapes. On
+several devices:
 
-    python -m benchmarks.accuracy.detect
-    torchrun --nproc-per-node=4 -m benchmarks.accuracy.detect --data coco
+    torchrun --nproc-per-node=4 -m benchmarks.accuracy.detect ...
 """
 
 from benchmarks.accuracy.common.options import exit_on_user_error, require_extra
-from benchmarks.accuracy.detection.options import parse
+from benchmarks.accuracy.detection.options import PROG, parse
 
 
 def main() -> None:
-    """Parse the command line, then train or evaluate; exit with one line on a user error."""
-    with exit_on_user_error("detect.py"):
-        options = parse(__doc__.partition("\n\n")[0])
-        with require_extra("train"):  # --help works without it
-            from benchmarks.accuracy.detection.experiment import run
+    """Train or evaluate; exit with one line on stderr if that is impossible."""
+    with exit_on_user_error(PROG):
+        options = parse()
+        with require_extra("train"):
+            from benchmarks.accuracy.detection.training import run
         run(options)
 
 

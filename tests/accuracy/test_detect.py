@@ -22,7 +22,7 @@ from benchmarks.accuracy.detection import shapes
 from benchmarks.accuracy.detection.coco import read
 from benchmarks.accuracy.detection.dataset import TrainingDataset
 from benchmarks.accuracy.detection.models import build
-from benchmarks.accuracy.detection.options import parse
+from benchmarks.accuracy.detection.options import PROG, parse
 from benchmarks.accuracy.detection.trainer import Trainer
 from simam.messages import UserError, install_hint
 from tests.helpers.detection import (
@@ -266,7 +266,7 @@ def test_detect_draws_shapes_without_data(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shapes.write, "__defaults__", ({"train": 4, "val": 2},))
-    monkeypatch.setattr("sys.argv", ["detect.py", *TINY_OPTIONS, "--epochs", "2"])
+    monkeypatch.setattr("sys.argv", [PROG, *TINY_OPTIONS, "--epochs", "2"])
     detect.main()
     folder = Path("runs/shapes-maskrcnn_resnet18_fpn-simam-seed0")
     assert {path.name for path in (folder / "shapes").iterdir()} == {"annotations", "train", "val"}
@@ -276,7 +276,7 @@ def test_detect_draws_shapes_without_data(
         r"\d+\.\d minutes; see runs/shapes-maskrcnn_resnet18_fpn-simam-seed0"
     )
     assert re.fullmatch(summary, last_line)
-    monkeypatch.setattr("sys.argv", ["x", "--evaluate", "--weights", f"{folder}/best.pth"])
+    monkeypatch.setattr("sys.argv", [PROG, "--evaluate", "--weights", f"{folder}/best.pth"])
     detect.main()
     assert str(folder / "evaluation.json") in capsys.readouterr().out
 
@@ -303,7 +303,7 @@ def test_detect_warns_about_empty_boxes(tmp_path: Path, capsys: Capture) -> None
     file.write_text(json.dumps(written))
     run(*options(tmp_path, tmp_path / "run", "--epochs", "1"))
     assert capsys.readouterr().err == (
-        f"detect.py: warning: {file}: skipped 1 annotations with an empty box (1)\n"
+        f"{PROG}: warning: {file}: skipped 1 annotations with an empty box (1)\n"
     )
 
 
@@ -339,7 +339,7 @@ def test_detect_refuses_impossible_requests(
 
 def usage_error(capsys: Capture, *arguments: str) -> str:
     with pytest.raises(SystemExit) as stopped:
-        parse("", arguments)
+        parse(arguments)
     assert stopped.value.code == 2
     return capsys.readouterr().err
 
@@ -362,7 +362,7 @@ def test_parse_refuses_wrong_options(capsys: Capture, arguments: list[str], text
 
 def test_parse_collects_overrides_of_the_recipe() -> None:
     arguments = "--milestones 4 5.5 --anchor-sizes 8 16 32 64 99 --no-norm-eval --flip 0"
-    assert parse("", arguments.split()).overrides == {
+    assert parse(arguments.split()).overrides == {
         "milestones": (4.0, 5.5),
         "anchor_sizes": (8, 16, 32, 64, 99),
         "norm_eval": False,
@@ -371,7 +371,7 @@ def test_parse_collects_overrides_of_the_recipe() -> None:
 
 
 def test_parse_chooses_the_paper_recipe_for_coco() -> None:
-    parsed = parse("", ["--data", "/data/coco"])
+    parsed = parse(["--data", "/data/coco"])
     assert parsed.recipe == "paper-coco"
     assert parsed.splits == ("train2017", "val2017")
     assert parsed.output == Path("runs/coco-fasterrcnn_resnet50_fpn-simam-seed0")
@@ -401,7 +401,7 @@ def detect_without(packages: tuple[str, ...], *arguments: str) -> subprocess.Com
 def test_help_needs_only_torch() -> None:
     done = detect_without(BLOCKED, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "Train and evaluate Faster R-CNN and Mask R-CNN" in done.stdout
+    assert "Train or evaluate Faster R-CNN or Mask R-CNN" in done.stdout
     assert "--backbone-weights" in done.stdout
 
 
@@ -410,12 +410,12 @@ def test_detect_without_its_packages_exits_with_an_error() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     message = done.stderr.removesuffix("\n")
     assert "\n" not in message
-    assert message.startswith("detect.py: error: ")
+    assert message.startswith(f"{PROG}: error: ")
     assert message.endswith(f"; {install_hint('train')}")
 
 
 def test_detect_names_a_missing_package(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("experiment", "dataset"):  # import them again
+    for module in ("training", "dataset"):  # import them again
         monkeypatch.delitem(sys.modules, f"benchmarks.accuracy.detection.{module}")
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     message = error_message(capsys, monkeypatch)

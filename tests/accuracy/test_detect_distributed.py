@@ -23,6 +23,7 @@ from benchmarks.accuracy.detection import shapes
 from benchmarks.accuracy.detection.coco import read
 from benchmarks.accuracy.detection.dataset import TrainingDataset
 from benchmarks.accuracy.detection.models import build
+from benchmarks.accuracy.detection.options import PROG
 from benchmarks.accuracy.detection.trainer import Trainer
 from tests.helpers.detection import (
     ENVIRONMENT,
@@ -112,7 +113,7 @@ def work(rank: int, ports: list[int], data: Path, weights: Path, folder: Path) -
         losses = trainer.epoch()
 
     os.environ["MASTER_PORT"] = str(ports[2])
-    sys.argv = ["detect.py", *map(str, options(data, weights.parent))]
+    sys.argv = [PROG, *map(str, options(data, weights.parent))]
     code: Any = None
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         try:
@@ -160,5 +161,5 @@ def test_evaluate_on_two_processes_matches_one(
 def test_detect_on_two_processes_exits_with_an_error(worked: Path) -> None:
     for result in results(worked):
         assert result["exit_code"] == 2
-        assert result["stderr"].startswith("detect.py: error: ")
+        assert result["stderr"].startswith(f"{PROG}: error: ")
         assert "last.pth exists; resume from it with --resume" in result["stderr"]

@@ -17,8 +17,9 @@ from torchvision.models.resnet import BasicBlock, ResNet
 import simam
 from benchmarks.accuracy import detect
 from benchmarks.accuracy.common import log
-from benchmarks.accuracy.detection import drawing, experiment, options
+from benchmarks.accuracy.detection import drawing, training
 from benchmarks.accuracy.detection.coco import Content, Split, read
+from benchmarks.accuracy.detection.options import PROG, parse
 from benchmarks.accuracy.detection.recipes import RECIPES, Recipe
 
 # Changes to the recipe "shapes" with which a step takes a fraction of a second.
@@ -128,17 +129,17 @@ def stored(root: Path, written: Content, *, masks: bool = True) -> Split:
 
 
 def run(*arguments: object) -> Any:
-    """Run the experiment of a command line; returns its metrics."""
-    return experiment.run(options.parse("", [str(argument) for argument in arguments]))
+    """Train or evaluate with these options; returns the metrics."""
+    return training.run(parse([str(argument) for argument in arguments]))
 
 
 def error_message(capsys: Capture, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
     """Run detect.py with a user error; return its message, which must be the only output."""
-    monkeypatch.setattr("sys.argv", ["detect.py", *map(str, arguments)])
+    monkeypatch.setattr("sys.argv", [PROG, *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
         detect.main()
     assert stopped.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "Traceback" not in err
-    return err.partition("detect.py: error: ")[2].strip()
+    return err.partition(f"{PROG}: error: ")[2].strip()

@@ -1,4 +1,4 @@
-"""The command line of detect.py; importing it needs only torch."""
+"""The command line of `benchmarks.accuracy.detect`."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,23 +12,26 @@ from benchmarks.accuracy.common.options import add_run_options, positive_int
 
 from .recipes import RECIPES, Recipe
 
+PROG = "python -m benchmarks.accuracy.detect"
 
-def parse(description: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line.
 
     Args:
-        description (str): the first line of --help.
         arguments (sequence of str, optional): by default those of the process.
 
     Returns:
-        argparse.Namespace: the options, completed: every default is filled in. `overrides` holds
-            the fields of the recipe that the command line sets, by name.
+        argparse.Namespace: the options with their defaults; `overrides` maps the recipe fields
+            set on the command line to their values.
 
     Raises:
         UserError: a value of the recipe is out of range.
     """
     parser = argparse.ArgumentParser(
-        description=description,
+        prog=PROG,
+        description="Train or evaluate Faster R-CNN or Mask R-CNN with SimAM in the backbone, or "
+        "without. Without options: a small Mask R-CNN on drawn shapes.",
         epilog="Options without a default take their value from the recipe: see docs/detection.md.",
         allow_abbrev=False,
     )

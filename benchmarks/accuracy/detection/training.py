@@ -1,4 +1,4 @@
-"""Trains or evaluates a detector as the options ask."""
+"""Trains or evaluates a detector as the options of `benchmarks.accuracy.detect` say."""
 
 import argparse
 import sys
@@ -19,6 +19,7 @@ from simam.messages import UserError, first_few
 from . import coco, drawing, models, shapes
 from .dataset import TrainingDataset
 from .evaluation import Metrics, detect, metrics_table, score
+from .options import PROG
 from .recipes import RECIPES, Recipe
 from .trainer import Trainer
 
@@ -171,7 +172,7 @@ def read_split(
     dist_context.barrier()
     split = coco.read(options.data, name, masks=recipe.masks)
     if split.skipped and dist_context.is_primary:
-        print(f"detect.py: warning: {split.file}: skipped {split.skipped}", file=sys.stderr)
+        print(f"{PROG}: warning: {split.file}: skipped {split.skipped}", file=sys.stderr)
     return split
 
 
