@@ -1,6 +1,6 @@
-"""A hook for MkDocs: turns formulas into MathML while building.
+"""A hook for MkDocs that converts formulas to MathML during the build.
 
-Browsers draw MathML themselves, so the pages need no script and no network.
+Browsers render MathML natively, so the pages need no script and no network.
 """
 
 import html
@@ -9,16 +9,18 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-# What pymdownx.arithmatex leaves of $$...$$, and of $...$ with the punctuation after it.
+# The output of pymdownx.arithmatex for $$...$$, and for $...$ with the punctuation after it.
 BLOCK = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>([.,:;)]*)', re.DOTALL)
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Replace the formulas of a page."""
-    content = BLOCK.sub(lambda found: _mathml(found[1], "block"), content)
+    """Replace the formulas of a page; math.css lets a wide equation scroll in its div."""
+    content = BLOCK.sub(
+        lambda match: f'<div class="equation">{_mathml(match[1], "block")}</div>', content
+    )
     return INLINE.sub(
-        lambda found: f'<span class="formula">{_mathml(found[1], "inline")}{found[2]}</span>',
+        lambda match: f'<span class="formula">{_mathml(match[1], "inline")}{match[2]}</span>',
         content,
     )
 

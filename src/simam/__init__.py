@@ -6,13 +6,14 @@ from .attention_maps import attention_maps
 from .checkpoints import load_checkpoint
 from .kernels import kernels_info
 from .module import SimAM
-from .placement import Insertion, Plan, plan
+from .placement import Insertion, Plan, Unanalysed, plan
 from .recalibrate import recalibrate
 
 __all__ = [
     "Insertion",
     "Plan",
     "SimAM",
+    "Unanalysed",
     "attach",
     "attention_maps",
     "detach",

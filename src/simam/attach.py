@@ -2,7 +2,7 @@
 
 A convolution gets a child `simam` and a subclass of its own class whose forward passes the
 output through that child, as torch's parametrizations do. No parameter or buffer is renamed;
-`print`, `modules`, copying, pickling, compiling and exporting see the layer as they see any.
+`print`, `modules`, copying, pickling, compiling and exporting treat it like any other layer.
 """
 
 import sys
@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .module import SimAM
-from .placement import Selector, check_module, name_some, plan
+from .placement import Selector, check_module, list_unanalysed, plan
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,13 +31,13 @@ def attach(
 ) -> Model:
     """Insert SimAM into a network, in place, without renaming a parameter or a buffer.
 
-    State dicts of the plain network load before and after. A pretrained network is not accurate
-    right after: its batch norms now see inputs scaled by 0.62 to 1. Fine-tune it. Short of
-    that, `recalibrate` brings most of its accuracy back, and the more the fewer stages get SimAM.
+    State dicts of the plain network load before and after. A pretrained network loses its accuracy
+    at first: its batch norms now see inputs scaled by 0.62 to 1. Fine-tune it. Without
+    fine-tuning, `recalibrate` restores most of the accuracy; the fewer stages get SimAM, the more.
 
-    Convolutions that already have a SimAM get one with the new options; others keep theirs.
-    Fold re-parameterisable blocks (`fuse`, timm's `reparameterize_model`) before attaching:
-    afterwards the folding would drop the layers.
+    A convolution that already has a SimAM gets a new one with the new options. Convolutions outside
+    the selection keep theirs. Fold re-parameterisable blocks (`fuse`, timm's
+    `reparameterize_model`) before attaching: folding afterwards drops the SimAM layers.
 
     Args:
         model (nn.Module): the network.
@@ -51,8 +51,8 @@ def attach(
         nn.Module: the model that was given.
 
     Raises:
-        TypeError, ValueError: as `SimAM` and `plan`, and if a convolution is parametrized, lazy,
-            scripted, or has an attribute `simam` of its own. The model is then as it was.
+        TypeError, ValueError: as `SimAM` and `plan`; also if a convolution is parametrized, lazy or
+            scripted, or has an attribute `simam` of its own. The model is then unchanged.
 
     Warns:
         UserWarning: a block that may be residual could not be analysed and gets no SimAM.
@@ -68,15 +68,15 @@ def attach(
           (1): ReLU()
         )
     """
-    SimAM(e_lambda=e_lambda, statistics=statistics)  # refuses what is wrong before any change
+    SimAM(e_lambda=e_lambda, statistics=statistics)  # refuses wrong options before any change
     planned = plan(model, where=where, exclude=exclude)
     convolutions = [model.get_submodule(insertion.path) for insertion in planned]
     for insertion, convolution in zip(planned, convolutions, strict=True):
         _check_attachable(insertion.path, convolution)
     if planned.unanalysed:
         warnings.warn(
-            "left without SimAM, since they could not be analysed: "
-            f"{name_some(planned.unanalysed)}. Choose convolutions with where=, or name the "
+            "left without SimAM, because they could not be analysed: "
+            f"{list_unanalysed(planned.unanalysed)}. Choose convolutions with where=, or name the "
             "blocks in exclude= to accept this.",
             stacklevel=2,
         )
@@ -91,9 +91,9 @@ def attach(
 
 
 def detach(model: Model) -> Model:
-    """Undo `attach`, in place: every convolution gets back its class and loses its SimAM.
+    """Undo `attach`, in place: every convolution gets its class back and loses its SimAM.
 
-    A model without attached SimAM is returned as it is.
+    A model without attached SimAM is returned unchanged.
 
     Args:
         model (nn.Module): the network.
@@ -103,8 +103,8 @@ def detach(model: Model) -> Model:
 
     Raises:
         TypeError: model is not a module.
-        ValueError: a convolution with SimAM has changed its class since, as parametrizations
-            do. The model is then as it was.
+        ValueError: the class of a convolution with SimAM has changed since, as parametrizations
+            do. The model is then unchanged.
 
     Examples:
         >>> detach(attach(nn.Sequential(nn.Conv2d(3, 8, 3)), where="0"))
@@ -132,9 +132,9 @@ class _WithSimAM(nn.Module):
     plain_class: type
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Folding a batch norm into the convolution would move it before the SimAM. Torch folds by
-        # assigning to a copy; so does other code, where it shows in the bias alone, which a
-        # convolution before a batch norm mostly does without.
+        # Folding a batch norm into the convolution would move the norm before SimAM. Torch folds by
+        # assigning to a copy. Other code does so too; there the only sign is a new bias, since a
+        # convolution before a batch norm usually has none.
         folded_by_torch = sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.fusion"
         gets_a_bias = name == "bias" and value is not None and getattr(self, name, value) is None
         if folded_by_torch or gets_a_bias:
@@ -145,7 +145,7 @@ class _WithSimAM(nn.Module):
         super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class cannot be found by its name; that of the plain convolution can.
+        # Pickle cannot import the subclass by name, but it can import the plain class.
         reduced: Any = super().__reduce_ex__(protocol)
         return _new, (self.plain_class,), *reduced[2:]
 
@@ -165,7 +165,7 @@ def _with_simam(plain_class: Any) -> Any:
     scriptable = plain_forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
     members = {
         "__doc__": f"{plain_class.__name__}, its output passed through the child `simam`.",
-        # That of the convolution, so that torch.fx does not look inside either of them.
+        # The module of the plain class, so that torch.fx treats both classes as leaves alike.
         "__module__": plain_class.__module__,
         "plain_class": plain_class,
         "forward": _scriptable_forward if scriptable else forward,
@@ -174,7 +174,7 @@ def _with_simam(plain_class: Any) -> Any:
 
 
 def _scriptable_forward(self: Any, input: Tensor) -> Tensor:
-    # TorchScript knows neither super() nor variable arguments.
+    # TorchScript supports neither super() nor variable arguments.
     output: Tensor = self.simam(self._conv_forward(input, self.weight, self.bias))
     return output
 
@@ -186,7 +186,7 @@ def _check_attachable(path: str, convolution: nn.Module) -> None:
     elif isinstance(convolution, ScriptModule):
         problem = "is a TorchScript module; attach before scripting"
     elif any(map(is_lazy, convolution.parameters())):
-        problem = "is lazy and not yet initialised; run the model once before"
+        problem = "is lazy and not yet initialised; run the model once first"
     elif hasattr(convolution, "simam") and not isinstance(convolution, _WithSimAM):
         problem = "already has an attribute 'simam' of its own; rename it"
     else:

@@ -12,9 +12,10 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from .messages import first_few
 from .module import SimAM
 from .placement import check_module
-from .state_dict import misfits, read_state_dict, some
+from .state_dict import compare, load_strictly, read
 
 E_LAMBDA = 0.1  # of every network whose weights the authors published
 
@@ -84,17 +85,17 @@ def load_checkpoint(model: Model, path: str | os.PathLike[str]) -> Model:
             f"this {type(network).__name__} has no SimAM; attach it first: "
             f"simam.attach(model, e_lambda={E_LAMBDA})"
         )
-    content, own = read_state_dict(path), network.state_dict()
+    content, own = read(path), network.state_dict()
     authors = is_authors(content)
-    state = _counted(rename(content, own) if authors else content, own)
-    wrong = misfits(state, own)
+    state = rename(content, own) if authors else content
+    wrong = compare(state, own)
     if wrong:
         raise ValueError(
             f"{path} does not fit this {type(network).__name__}, which has {len(own)} tensors: "
             f"{wrong}. The model is unchanged; build the one that the file was saved from"
         )
     _check_places(path, content, own, layers)
-    network.load_state_dict(state)
+    load_strictly(network, state, str(path))
     if authors:
         _set_e_lambda(model, layers.values())
     return model
@@ -172,22 +173,12 @@ def _check_places(
     if not steps:  # a file with the network's own names, which do not tell
         return
     wrong = {"without": sorted(theirs - ours), "with, but not there": sorted(ours - theirs)}
-    problems = [f"{len(paths)} {what}: {some(paths)}" for what, paths in wrong.items() if paths]
+    problems = [f"{len(paths)} {what}: {first_few(paths)}" for what, paths in wrong.items() if paths]
     if problems:
         raise ValueError(
             f"{path} has SimAM after {len(theirs)} convolutions, this network after other ones: "
             f"{'; '.join(problems)}. Attach it without where= and exclude="
         )
-
-
-def _counted(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, with counts of batches for just the norms that count.
-
-    Files of torch before 0.4.1 have none, and the frozen norms of detectors have no use for them.
-    """
-    counts = {key for key in (*state, *own) if key.endswith(".num_batches_tracked")}
-    fitting = {key: t for key, t in state.items() if key in own or key not in counts}
-    return fitting | {key: own[key] for key in own if key in counts and key not in state}
 
 
 def _set_e_lambda(model: nn.Module, layers: Collection[SimAM]) -> None:

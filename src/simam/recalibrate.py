@@ -1,10 +1,8 @@
-"""Make a pretrained network usable after attach: batch-norm statistics of what it computes now."""
+"""Batch-norm recalibration: running statistics that fit what a network computes after attach."""
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
-from operator import length_hint
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -15,6 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import update_bn
 
+from .batches import check_loader, image_batches
+from .messages import first_few
+from .modes import temporary_modes
 from .placement import check_module
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -31,51 +32,55 @@ def recalibrate(
 ) -> Model:
     """Re-estimate the running statistics of every batch norm, in place, without training.
 
-    After `attach` every batch norm sees other inputs than those its statistics were collected
-    on, and a pretrained network collapses. Some hundred images without labels, prepared as for
-    evaluation, bring a part of its accuracy back. No parameter changes.
+    After `attach`, the running statistics of a pretrained network no longer describe the inputs
+    of its batch norms, and its accuracy collapses. Some hundred images without labels,
+    preprocessed as for evaluation, recover a part of the accuracy. No parameter changes.
 
-    The new mean and variance are the averages, over the batches, of each batch's own mean and
-    unbiased variance; every batch counts the same. In the pass each batch norm normalises with
-    the statistics of the batch, as in training, while all else (dropout, stochastic depth) works
-    as in evaluation. Batches should therefore be mixed, and not small: 32 images or more.
+    The new mean and variance are the averages, over the batches, of the mean and the unbiased
+    variance of each batch; every batch has the same weight. During the forward passes, batch
+    norms normalise with the statistics of the batch, as in training, while all other layers
+    (dropout, stochastic depth) work as in evaluation. The batches should therefore mix the
+    classes and be large: 32 images or more.
 
-    Batch norms that are in eval mode or have frozen parameters take part. Those that keep no
-    running statistics, or that the pass does not reach, stay as they are, and so do
-    `FrozenBatchNorm2d`. Modes and momenta are restored. On an error the statistics are, too.
+    Batch norms that are in eval mode or have frozen parameters are recalibrated too. Batch norms
+    that keep no running statistics or are not called by the forward pass stay unchanged, and so
+    do `FrozenBatchNorm2d`. Modes and momenta are restored; after an error, the statistics are
+    restored too.
 
-    In `DistributedDataParallel` every process calls this with its own part of the images; all
-    get the average over the batches of all. Any other model is this process's own affair.
+    With `DistributedDataParallel`, every process calls this function with its own share of the
+    images, and every process gets the average over the batches of all processes. Any other model
+    is recalibrated per process, without communication.
 
-    With a `reference`, the network as it was trained, the statistics of its training are kept, and
-    changed by as much as SimAM changes those of these images: a copy of it is measured too, the
-    difference of the means is added, and the variances are multiplied by their ratio, the norm's
-    eps included. Measured on one network that was better by four points of a hundred with
-    `e_lambda=0.1`, and no better with 1e-4.
+    With a `reference`, the network as it was trained, the statistics from training are kept and
+    corrected by the change that SimAM causes on these images. The change is measured with a copy
+    of the reference: the difference of the two measured means is added to the mean from training,
+    and the variance from training is multiplied by the ratio of the two measured variances, the
+    eps of the norm included. On the one network measured, a reference improved the accuracy by
+    four percentage points with `e_lambda=0.1`, and not at all with 1e-4.
 
     Args:
         model (nn.Module): the network, called as `model(images)`.
         loader (iterable): batches, each one a Tensor[N, C, *spatial], a tuple or list that
-            starts with it, or a dict in which it is the only such floating-point tensor.
-        device (torch.device, str or int, optional): where to move the batches; by default
-            where the first batch norm is.
-        max_batches (int, optional): stop after this many batches of the loader.
+            starts with such a tensor, or a dict with exactly one such floating-point tensor.
+        device (torch.device, str or int, optional): where to move the batches; by default the
+            device of the first batch norm.
+        max_batches (int, optional): stop after this number of batches.
         reference (nn.Module, optional): the same network without SimAM, unchanged since its
-            training, on the same device; it is left as it is. The loader is gone through twice.
+            training, on the same device. It is not modified. The loader is iterated twice.
 
     Returns:
-        nn.Module: the model that was given.
+        nn.Module: the given model.
 
     Raises:
-        TypeError: model is not a module, or loader or a batch is not as above.
+        TypeError: model is not a module, or loader or a batch is not as described above.
         ValueError: the model has no batch norm with running statistics, or is lazy and not yet
-            initialised; the loader gave no batch; max_batches is not a positive integer; or the
-            reference has other batch norms, or comes with a loader that can be used only once.
-        RuntimeError: another process failed.
+            initialised; the loader yields no batch; max_batches is not a positive integer; or the
+            reference has other batch norms, or the loader can be iterated only once.
+        RuntimeError: recalibrate failed in another process.
 
     Source:
         `torch.optim.swa_utils.update_bn`, which sets the whole model to train mode, and leaves
-        it half changed when the loader raises.
+        the model partly changed when the loader raises.
 
     Examples:
         >>> norm = nn.BatchNorm2d(1)
@@ -84,55 +89,57 @@ def recalibrate(
         tensor([4.5000])
     """
     check_module(model)
-    _check_options(loader, max_batches)
+    check_loader(loader, max_batches)
     network: nn.Module = model
     group = None
     if isinstance(model, DistributedDataParallel):
-        # Its own forward waits for all processes, which may have different numbers of batches.
+        # The wrapper's forward synchronises processes, whose numbers of batches may differ.
         network, group = model.module, model.process_group
     norms = _find_norms(network)
     trained = {} if reference is None else _trained_norms(reference, norms, loader)
-    where = next(iter(norms.values())).running_mean.device
+    norm_device = next(iter(norms.values())).running_mean.device
 
     def measure(network: nn.Module, norms: Collection[Any]) -> None:
-        with _all_or_none(group, where):
-            batches = _progress(loader, max_batches, group)
-            images = (
-                _images_of(batch).to(where if device is None else device) for batch in batches
+        with _all_processes_or_none(group, norm_device):
+            images = image_batches(
+                loader,
+                max_batches,
+                norm_device if device is None else device,
+                show_progress=group is None or dist.get_rank(group) == 0,
             )
-            update_bn(images, _InItsModes(network))
+            update_bn(images, _KeepsModes(network))
         if group is not None:
             for norm in norms:
-                _average(norm, group)
+                _average_over_processes(norm, group)
         if not any(norm.num_batches_tracked for norm in norms):
             raise ValueError(
                 "expected at least one batch that reaches a batch norm, got none: is the loader "
-                "empty, or an iterator that has been used up?"
+                "empty, or an exhausted iterator?"
             )
 
-    with _borrowed(model, norms.values()) as before:
+    with _only_norms_train(model, norms.values()) as before:
         measure(network, norms.values())
         if reference is not None:
             plain = copy.deepcopy(reference)
             plain_norms = _find_norms(plain)
-            with _borrowed(plain, plain_norms.values()):
+            with _only_norms_train(plain, plain_norms.values()):
                 measure(plain, plain_norms.values())
             for name, norm in norms.items():
-                _shift(norm, trained[name], plain_norms[name])
+                _correct_trained(norm, trained[name], plain_norms[name])
         for norm in norms.values():
             if not norm.num_batches_tracked:
-                _write(norm, before[norm])
+                _copy_buffers(norm, before[norm])
     return model
 
 
-class _InItsModes(nn.Module):
-    """Runs a network in the modes its modules are in, which `update_bn` would change."""
+class _KeepsModes(nn.Module):
+    """Runs a network without passing on `train`, by which `update_bn` would change its modes."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def train(self, mode: bool = True) -> "_InItsModes":
+    def train(self, mode: bool = True) -> "_KeepsModes":
         return self
 
     def forward(self, images: Tensor) -> None:
@@ -140,43 +147,44 @@ class _InItsModes(nn.Module):
 
 
 @contextmanager
-def _borrowed(model: nn.Module, norms: Collection[Any]) -> Iterator[dict[Any, list[Tensor]]]:
-    """The model with its batch norms alone in train mode; yields their statistics from before."""
-    modes = {module: module.training for module in model.modules()}
-    # update_bn also changes that of batch norms without running statistics.
-    momenta = {norm: norm.momentum for norm in modes if isinstance(norm, _BatchNorm)}
+def _only_norms_train(
+    model: nn.Module, norms: Collection[Any]
+) -> Iterator[dict[Any, list[Tensor]]]:
+    """Set only the batch norms to train mode for a while; yields copies of their buffers.
+
+    On an error the buffers are restored.
+    """
+    # update_bn also changes the momentum of batch norms without running statistics.
+    momenta = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm)}
     before = {norm: [buffer.clone() for buffer in norm.buffers(recurse=False)] for norm in norms}
-    try:
-        for module in modes:
-            module.training = module in before
-        yield before
-    except BaseException:
-        for norm, buffers in before.items():
-            _write(norm, buffers)
-        raise
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
+    with temporary_modes(model, train=before):
+        try:
+            yield before
+        except BaseException:
+            for norm, buffers in before.items():
+                _copy_buffers(norm, buffers)
+            raise
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
 
 
-def _write(norm: nn.Module, values: list[Tensor]) -> None:
+def _copy_buffers(norm: nn.Module, values: list[Tensor]) -> None:
     for buffer, value in zip(norm.buffers(recurse=False), values, strict=True):
         buffer.copy_(value)
 
 
-def _shift(attached: Any, trained: Any, plain: Any) -> None:
-    """Trained statistics, changed as much as those of the plain network are in the attached one."""
+def _correct_trained(attached: Any, trained: Any, plain: Any) -> None:
+    """Set statistics from training, corrected by the change from the plain to the attached norm."""
     attached.running_mean += trained.running_mean - plain.running_mean
-    # With eps, since a channel that is dead in these images has no variance.
+    # With eps: a channel that is dead in these images has zero variance.
     ratio = (attached.running_var + attached.eps) / (plain.running_var + plain.eps)
     attached.running_var.copy_((trained.running_var + trained.eps) * ratio - attached.eps)
 
 
 @contextmanager
-def _all_or_none(group: Group | None, device: torch.device) -> Iterator[None]:
-    """Raises in every process where the body raises in one, which would leave others waiting."""
+def _all_processes_or_none(group: Group | None, device: torch.device) -> Iterator[None]:
+    """Raise in every process if the body raises in one, so that no process waits for another."""
     failures = torch.ones((), device=device)
     try:
         yield
@@ -187,54 +195,19 @@ def _all_or_none(group: Group | None, device: torch.device) -> Iterator[None]:
     if failures:
         raise RuntimeError(
             "recalibrate failed in another process, which raises the cause; the statistics are "
-            "unchanged in all of them"
+            "unchanged in all processes"
         )
 
 
-def _average(norm: Any, group: Group) -> None:
-    """Averages statistics over the batches of all processes."""
+def _average_over_processes(norm: Any, group: Group) -> None:
+    """Average the statistics over the batches of all processes."""
     mean, variance, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
     weight = batches.double().expand_as(mean)
-    total = torch.stack([mean * weight, variance * weight, weight])
-    dist.all_reduce(total, group=group)
-    mean.copy_(total[0] / total[2])
-    variance.copy_(total[1] / total[2])
-    batches.copy_(total[2, 0])
-
-
-def _progress(loader: Iterable[Any], max_batches: int | None, group: Group | None) -> Iterable[Any]:
-    """The batches to take, with a bar on the stderr of the first process if it is a terminal."""
-    batches = islice(loader, max_batches)
-    try:
-        from tqdm import tqdm
-    except ImportError:  # it comes with the extra of the models, and nothing depends on it
-        return batches
-    total = length_hint(loader) or None
-    if total and max_batches:
-        total = min(total, max_batches)
-    quiet = True if group is not None and dist.get_rank(group) else None
-    bar: Iterable[Any] = tqdm(
-        batches, "recalibrate", total, unit="batch", disable=quiet, leave=False
-    )
-    return bar
-
-
-def _images_of(batch: Any) -> Tensor:
-    images, got = batch, type(batch).__name__
-    if isinstance(batch, Mapping):
-        tensors = [value for value in batch.values() if isinstance(value, Tensor)]
-        maps = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dim() > 2]
-        images = maps[0] if len(maps) == 1 else None
-        got += f" of {', '.join(map(str, batch))}"
-    elif isinstance(batch, (list, tuple)):
-        images = batch[0] if batch else None
-    if isinstance(images, Tensor):
-        return images
-    raise TypeError(
-        "every batch must be a tensor of images, a tuple or list that starts with one, or a dict "
-        f"with just one, got a {got}; pick them yourself: "
-        "recalibrate(model, (pick(batch) for batch in loader))"
-    )
+    sums = torch.stack([mean * weight, variance * weight, weight])
+    dist.all_reduce(sums, group=group)
+    mean.copy_(sums[0] / sums[2])
+    variance.copy_(sums[1] / sums[2])
+    batches.copy_(sums[2, 0])
 
 
 def _find_norms(model: nn.Module) -> dict[str, Any]:
@@ -242,7 +215,7 @@ def _find_norms(model: nn.Module) -> dict[str, Any]:
     lazy += [name for name, tensor in model.named_buffers() if is_lazy(tensor)]
     if lazy:
         raise ValueError(
-            f"the model is lazy and not yet initialised, at {lazy[0]}; run it once before"
+            f"the model is lazy and not yet initialised, at {lazy[0]}; run the model once before"
         )
     norms = {
         name: module
@@ -257,9 +230,10 @@ def _find_norms(model: nn.Module) -> dict[str, Any]:
     kinds = sorted({type(m).__name__ for m in leaves if "Norm" in type(m).__name__})
     raise ValueError(
         "recalibrate does not apply: expected batch norms with running statistics, got "
-        f"{', '.join(kinds) or 'no norm'}. Layer, group and instance norms measure "
-        "every input anew, so a model with them needs fine-tuning alone. FrozenBatchNorm2d must "
-        "be made a BatchNorm2d first, for example with timm.layers.unfreeze_batch_norm_2d"
+        f"{', '.join(kinds) or 'no norm'}. Layer, group and instance norms compute statistics "
+        "from each input and keep none: fine-tune a model with such norms instead. Convert "
+        "FrozenBatchNorm2d to BatchNorm2d first, for example with "
+        "timm.layers.unfreeze_batch_norm_2d"
     )
 
 
@@ -269,30 +243,18 @@ def _trained_norms(
     check_module(reference)
     if isinstance(loader, Iterator):
         raise ValueError(
-            "reference= goes through the loader twice, which an iterator does not allow; give a "
-            "list or a DataLoader"
+            "reference= iterates the loader twice, which an iterator does not allow; pass a list "
+            "or a DataLoader"
         )
     trained = _find_norms(reference)
     ours, theirs = (
         {(name, norm.num_features, norm.running_mean.device) for name, norm in each.items()}
         for each in (norms, trained)
     )
-    wrong = sorted({name for name, *_ in ours ^ theirs})
-    if wrong:
+    different = sorted({name for name, *_ in ours ^ theirs})
+    if different:
         raise ValueError(
             "reference must be the same network without SimAM, on the same device and not wrapped; "
-            f"its batch norms differ at {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
+            f"its batch norms differ at {first_few(different)}"
         )
     return trained
-
-
-def _check_options(loader: object, max_batches: object) -> None:
-    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
-        raise TypeError(
-            f"loader must be an iterable of batches, got {type(loader).__name__}; "
-            "for one tensor of images write images.split(32)"
-        )
-    if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
-        raise ValueError(
-            f"max_batches must be an integer from 1, or None for all batches, got {max_batches!r}"
-        )

@@ -14,6 +14,8 @@ s_t^2 = (S - d (t - mu_t)) / (M - 1). Shared statistics, which the authors ship,
 place of t - mu_t and S / (M - 1) in the place of s_t^2.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,19 @@ def attention(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
 def energy(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     """The minimal energy e*, in x's dtype."""
     return _inverse_energy(_widen(x), e_lambda, statistics).reciprocal().to(x.dtype)
+
+
+def gate_bounds(positions: int, statistics: str) -> tuple[float, float]:
+    """The smallest and the largest gate that a channel with this number of positions can have.
+
+    Examples:
+        >>> [round(bound, 4) for bound in gate_bounds(4, "shared")]
+        [0.6225, 0.7432]
+    """
+    lower = 1 / (1 + math.exp(-0.5))
+    if statistics == "leave_one_out":
+        return lower, 1.0  # a neuron may differ by any amount from a channel that is constant
+    return lower, 1 / (1 + math.exp(-((positions - 1) ** 2 / (4 * positions) + 0.5)))
 
 
 def backward(grad: Tensor, x: Tensor, e_lambda: float, statistics: str) -> Tensor:

@@ -20,7 +20,7 @@ def net() -> nn.Module:
     return layers
 
 
-def test_the_layer_is_a_child_of_the_convolution(net: nn.Module) -> None:
+def test_attach_makes_simam_a_child_of_the_convolution(net: nn.Module) -> None:
     assert attach(net, e_lambda=0.1, statistics="leave_one_out") is net
     assert attached(net).keys() == {"2.conv2.simam", "3.conv2.simam"}
     assert {repr(layer) for layer in attached(net).values()} == {
@@ -30,7 +30,7 @@ def test_the_layer_is_a_child_of_the_convolution(net: nn.Module) -> None:
     assert type(net[2].conv1) is nn.Conv2d
 
 
-def test_the_layer_sees_the_output_of_the_convolution(net: nn.Module) -> None:
+def test_attach_passes_the_convolution_output_to_simam(net: nn.Module) -> None:
     x = torch.randn(2, 8, 6, 6)
     expected = simam.functional.simam(net[2].conv2(x), 0.1)
     attach(net, e_lambda=0.1)
@@ -38,7 +38,7 @@ def test_the_layer_sees_the_output_of_the_convolution(net: nn.Module) -> None:
     assert torch.equal(net[2].conv2(input=x), expected)
 
 
-def test_names_of_the_state_are_unchanged(net: nn.Module) -> None:
+def test_attach_keeps_state_dict_keys(net: nn.Module) -> None:
     weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     parameters, buffers = dict(net.named_parameters()), dict(net.named_buffers())
     attach(net)
@@ -62,14 +62,14 @@ def test_detach_of_a_plain_model_changes_nothing(net: nn.Module) -> None:
     assert snapshot(net) == before
 
 
-def test_detach_leaves_layers_that_are_not_of_attach(net: nn.Module) -> None:
+def test_detach_leaves_other_simam_layers(net: nn.Module) -> None:
     net.append(SimAM())
     net[0].simam = SimAM()
     before = snapshot(net)
     assert snapshot(detach(attach(net))) == before
 
 
-def test_attaching_again_sets_the_options_and_never_nests(net: nn.Module) -> None:
+def test_attach_twice_sets_the_options_and_never_nests(net: nn.Module) -> None:
     x = torch.randn(2, 8, 6, 6)
     before = snapshot(net.eval())
     once = attach(net, e_lambda=0.5)(x)
@@ -82,14 +82,14 @@ def test_attaching_again_sets_the_options_and_never_nests(net: nn.Module) -> Non
     assert snapshot(detach(net)) == before
 
 
-def test_the_layer_has_the_mode_of_its_convolution(net: nn.Module) -> None:
+def test_attach_gives_simam_the_mode_of_its_convolution(net: nn.Module) -> None:
     attach(net)
     assert [layer.training for layer in attached(net).values()] == [True, False]
     net.eval()
     assert not any(layer.training for layer in attached(net).values())
 
 
-def test_a_module_that_appears_twice_is_changed_once() -> None:
+def test_attach_changes_a_repeated_module_once() -> None:
     shared = basic()
     twice = nn.Sequential(shared, nn.Sequential(shared))
     before = snapshot(twice)
@@ -98,7 +98,7 @@ def test_a_module_that_appears_twice_is_changed_once() -> None:
     assert snapshot(detach(twice)) == before
 
 
-def test_a_convolution_that_two_blocks_share_is_changed_once() -> None:
+def test_attach_changes_a_shared_convolution_once() -> None:
     first = basic()
     net = nn.Sequential(first, basic(conv2=first.conv2))
     before = snapshot(net)
@@ -108,7 +108,7 @@ def test_a_convolution_that_two_blocks_share_is_changed_once() -> None:
     assert snapshot(detach(net)) == before
 
 
-def test_the_forward_of_a_subclass_keeps_its_arguments() -> None:
+def test_attach_keeps_the_forward_arguments_of_a_subclass() -> None:
     class Masked(nn.Conv2d):
         def forward(self, x: Tensor, mask: Tensor, *, scale: float = 1.0) -> Tensor:
             return scale * super().forward(x * mask)

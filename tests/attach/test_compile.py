@@ -31,7 +31,7 @@ def x() -> Tensor:
 
 
 @pytest.mark.parametrize("name", networks())
-def test_one_graph(name: str) -> None:
+def test_compile_makes_one_graph(name: str) -> None:
     model, images = attach(plain(name).eval(), e_lambda=0.1), example(name)
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -39,7 +39,7 @@ def test_one_graph(name: str) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="inductor compiles C++ on the CPU")
-def test_inductor_in_training(net: nn.Module, x: Tensor) -> None:
+def test_compile_trains_with_inductor(net: nn.Module, x: Tensor) -> None:
     attach(net.train(), e_lambda=0.1)
     compiled = torch.compile(net, fullgraph=True)
     gradients = []
@@ -85,7 +85,7 @@ def test_attach_to_a_model_compiled_in_place(net: nn.Module, x: Tensor) -> None:
         assert torch.equal(detach(net)(x), before)
 
 
-def test_torchscript(net: nn.Module, x: Tensor) -> None:
+def test_torchscript_matches_eager(net: nn.Module, x: Tensor) -> None:
     expected = attach(net, e_lambda=0.1)(x)
     scripted = torch.jit.script(net[2].conv2)
     # TorchScript runs plain torch operations, and the layer the fused kernel.
@@ -96,13 +96,13 @@ def test_torchscript(net: nn.Module, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
-def test_convolutions_of_torch_are_scriptable(kind: type[nn.Module]) -> None:
+def test_torchscript_scripts_convolutions_of_torch(kind: type[nn.Module]) -> None:
     layer = attach(kind(2, 3, 3), where="")
     x = torch.randn(2, 2, *(6,) * (layer.weight.dim() - 2))
     torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
 
 
-def test_symbolic_trace(net: nn.Module, x: Tensor) -> None:
+def test_symbolic_trace_matches_eager(net: nn.Module, x: Tensor) -> None:
     net.append(SimAM())
     traced = torch.fx.symbolic_trace(attach(net, e_lambda=0.1))
     assert torch.equal(traced(x), net(x))

@@ -51,7 +51,7 @@ def work(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def test_two_processes_find_the_gradients_of_one(tmp_path: Path) -> None:
+def test_ddp_gradients_of_two_processes_match_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(work, args=(str(tmp_path),), nprocs=2)
     expected = gradients(attach(network(), e_lambda=0.1), *batch())
     for rank in range(2):

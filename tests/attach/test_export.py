@@ -31,7 +31,7 @@ def unseen(x: Tensor, name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("name", networks())
-def test_export(name: str) -> None:
+def test_export_matches_eager_at_other_sizes(name: str) -> None:
     model, x = attached(name), example(name)
     exported = torch.export.export(model, (x,), dynamic_shapes=(dynamic(x, name),)).module()
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_export(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", networks())
-def test_onnx(name: str, tmp_path: Path) -> None:
+def test_onnx_matches_eager_at_other_sizes(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="torch.onnx.export is written in it")
     onnxruntime = pytest.importorskip("onnxruntime", reason="runs the exported network")
     model, x = attached(name), example(name)

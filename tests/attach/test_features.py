@@ -18,7 +18,7 @@ def keep(
     outputs[name] = output
 
 
-def test_feature_extractor_of_torchvision() -> None:
+def test_feature_extractor_of_torchvision_matches_by_hand() -> None:
     pytest.importorskip("torchvision", reason="extracts the features")
     from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -37,7 +37,7 @@ def test_feature_extractor_of_torchvision() -> None:
     torch.testing.assert_close(features, expected)
 
 
-def test_features_only_of_timm() -> None:
+def test_features_only_of_timm_matches_by_hand() -> None:
     timm = pytest.importorskip("timm", reason="builds the network")
     model = timm.create_model("resnet18", features_only=True, zero_init_last=False).eval()
     x = example("timm/resnet50")
@@ -53,7 +53,7 @@ def test_features_only_of_timm() -> None:
     assert not torch.allclose(attached_last, last)
 
 
-def test_intermediates_of_timm() -> None:
+def test_forward_intermediates_of_timm_match_by_hand() -> None:
     model, x = plain("timm/resnet50").eval(), example("timm/resnet50")
     reference = by_hand(model, "timm/resnet50", e_lambda=0.1)
     attach(model, e_lambda=0.1)
@@ -63,7 +63,7 @@ def test_intermediates_of_timm() -> None:
         )
 
 
-def test_hooks_of_the_user() -> None:
+def test_forward_hooks_of_the_user_are_kept() -> None:
     model, x = plain("torchvision/resnet18").eval(), example("torchvision/resnet18")
     seen = {}
     model.layer1[0].conv2.register_forward_hook(lambda m, args, out: seen.update(convolution=out))

@@ -65,7 +65,7 @@ def first_pair_fused(net: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("fold", [fuse, fuse_fx, traced_and_optimised, first_pair_fused])
-def test_passes_that_leave_the_pair_alone(
+def test_fusion_passes_leave_the_pair_alone(
     net: nn.Module, x: Tensor, fold: Callable[[nn.Module], nn.Module]
 ) -> None:
     with torch.no_grad():
@@ -74,20 +74,20 @@ def test_passes_that_leave_the_pair_alone(
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="inductor compiles C++ on the CPU")
-def test_inductor_with_frozen_weights(net: nn.Module, x: Tensor) -> None:
+def test_inductor_freezing_matches_eager(net: nn.Module, x: Tensor) -> None:
     torch._dynamo.reset()
     with torch.no_grad(), inductor_config.patch(freezing=True):
         torch.testing.assert_close(torch.compile(net)(x), net(x), rtol=1e-4, atol=1e-5)
 
 
-def test_the_fuser_of_pairs_does_not_know_the_class(net: nn.Module) -> None:
+def test_fuse_modules_refuses_the_class(net: nn.Module) -> None:
     message = "did not find fuser method for: (<class 'torch.nn.modules.conv.SimAMConv2d'>, "
     with pytest.raises(AssertionError, match=f"^{re.escape(message)}"):
         fuse_modules(net, [["0.conv2", "0.norm2"]])
 
 
 @pytest.mark.parametrize("bias", [False], indirect=True)
-def test_a_convolution_without_bias_takes_none(net: nn.Module, x: Tensor) -> None:
+def test_attached_convolution_refuses_a_new_bias(net: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
         expected = net(x)
     with pytest.raises(RuntimeError, match=f"^{re.escape(REFUSAL)}$"):
@@ -97,7 +97,7 @@ def test_a_convolution_without_bias_takes_none(net: nn.Module, x: Tensor) -> Non
         assert torch.equal(net(x), expected)
 
 
-def test_torch_folds_no_norm_into_the_convolution(net: nn.Module, x: Tensor) -> None:
+def test_fuse_conv_bn_refuses_an_attached_convolution(net: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
         expected = net(x)
         with pytest.raises(RuntimeError, match=f"^{re.escape(REFUSAL)}$"):
@@ -106,13 +106,13 @@ def test_torch_folds_no_norm_into_the_convolution(net: nn.Module, x: Tensor) -> 
 
 
 @pytest.mark.parametrize("bias", [True], indirect=True)
-def test_a_bias_in_the_place_of_a_bias_is_taken(net: nn.Module) -> None:
+def test_attached_convolution_accepts_a_bias_for_a_bias(net: nn.Module) -> None:
     net[0].conv2.bias = nn.Parameter(torch.zeros(8))
     net.load_state_dict(net.state_dict(), assign=True)
     assert torch.equal(net[0].conv2.bias, torch.zeros(8))
 
 
-def test_a_folded_convolution_takes_simam(net: nn.Module, x: Tensor) -> None:
+def test_attach_accepts_a_folded_convolution(net: nn.Module, x: Tensor) -> None:
     detach(net)
     with torch.no_grad():
         expected = net(x)
@@ -128,7 +128,7 @@ def test_a_folded_convolution_takes_simam(net: nn.Module, x: Tensor) -> None:
     "ignore:Please use quant_min and quant_max:UserWarning",
     r"ignore:torch\.quantize_per_tensor:UserWarning",
 )
-def test_static_quantisation_keeps_the_layer(net: nn.Module, x: Tensor) -> None:
+def test_static_quantisation_keeps_simam(net: nn.Module, x: Tensor) -> None:
     prepared = prepare_fx(net, get_default_qconfig_mapping("x86"), (x,))
     prepared(x)
     quantised = convert_fx(prepared)

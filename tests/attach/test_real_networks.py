@@ -26,7 +26,7 @@ def modules(model: nn.Module) -> list[tuple[str, type]]:
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_outputs_and_gradients_are_those_of_simam_by_hand(name: str) -> None:
+def test_attach_matches_simam_written_by_hand(name: str) -> None:
     model = plain(name).double()
     reference = by_hand(model, name, e_lambda=0.1)
     x = example(name).double()
@@ -48,7 +48,7 @@ def test_outputs_and_gradients_are_those_of_simam_by_hand(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_weights_load_before_and_after_and_detach_restores(name: str) -> None:
+def test_attach_loads_weights_before_and_after_and_detach_restores(name: str) -> None:
     model, other = plain(name).eval(), plain(name).eval()
     x, before, weights = example(name), modules(model), copy.deepcopy(model.state_dict())
     with torch.no_grad():
@@ -77,7 +77,9 @@ def through_a_file(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", PLACES)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_a_file])
-def test_copies(name: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
+def test_attached_networks_can_be_copied_and_pickled(
+    name: str, duplicate: Callable[[nn.Module], nn.Module]
+) -> None:
     model = plain(name).eval()
     before, attached = modules(model), modules(attach(model, e_lambda=0.1))
     copied = duplicate(model)
@@ -94,7 +96,7 @@ HALF = ["torchvision/resnet18", "timm/tf_mobilenetv3_small_minimal_100"]
 
 @pytest.mark.parametrize("name", HALF)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half(name: str, dtype: torch.dtype) -> None:
+def test_attached_networks_run_in_half_precision(name: str, dtype: torch.dtype) -> None:
     model, x = plain(name).eval(), example(name)
     reference = by_hand(model, name, e_lambda=0.1).to(dtype)
     attach(model, e_lambda=0.1).to(dtype)
@@ -106,7 +108,7 @@ def test_half(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", HALF)
-def test_autocast(name: str) -> None:
+def test_attached_networks_run_under_autocast(name: str) -> None:
     model, x = plain(name), example(name)
     reference = by_hand(model, name, e_lambda=0.1)
     attach(model, e_lambda=0.1)
@@ -130,7 +132,7 @@ class BlockByHand(nn.Module):
         return (y + shortcut).clamp(min=0)
 
 
-def test_resnet18_of_blocks_written_by_hand() -> None:
+def test_attach_matches_resnet18_of_blocks_written_by_hand() -> None:
     model, x = plain("torchvision/resnet18").eval(), example("torchvision/resnet18")
     written = copy.deepcopy(model)
     for stage in (written.layer1, written.layer2, written.layer3, written.layer4):

@@ -30,10 +30,10 @@ def net() -> nn.Module:
         ({"e_lambda": "0.1"}, "e_lambda must be a number, got '0.1'"),
         ({"statistics": "exact"}, "statistics must be 'shared' or 'leave_one_out', got 'exact'"),
         ({"where": "features.*"}, "where='features.*' matches none of the model's convolutions"),
-        ({"exclude": "features.*"}, "exclude='features.*' matches none of the planned places"),
+        ({"exclude": "features.*"}, "exclude='features.*' matches none of the planned insertions"),
     ],
 )
-def test_an_error_leaves_the_model_as_it_was(
+def test_attach_error_leaves_the_model_unchanged(
     net: nn.Module, options: dict[str, object], message: str
 ) -> None:
     before = snapshot(net)
@@ -42,7 +42,7 @@ def test_an_error_leaves_the_model_as_it_was(
     assert snapshot(net) == before
 
 
-def test_an_error_leaves_the_options_as_they_were(net: nn.Module) -> None:
+def test_attach_error_leaves_the_options_unchanged(net: nn.Module) -> None:
     before = snapshot(attach(net, e_lambda=0.1))
     with pytest.raises(ValueError, match="matches none"):
         attach(net, where=["2.conv2", "4.*"])
@@ -79,7 +79,7 @@ def with_own_simam(layer: nn.Conv2d) -> nn.Module:
         (with_own_simam, "Conv2d already has an attribute 'simam' of its own; rename it"),
     ],
 )
-def test_refuses_a_convolution(
+def test_attach_refuses_a_convolution(
     net: nn.Module, change: Callable[[nn.Conv2d], nn.Module], problem: str
 ) -> None:
     net.append(change(conv()))
@@ -92,12 +92,14 @@ def test_refuses_a_convolution(
 
 
 @pytest.mark.parametrize("function", [attach, detach])
-def test_refuses_what_is_no_module(function: Callable[[object], object]) -> None:
+def test_attach_and_detach_refuse_other_objects_than_modules(
+    function: Callable[[object], object],
+) -> None:
     with pytest.raises(TypeError, match=r"^expected an nn\.Module, got str$"):
         function("resnet18")
 
 
-def test_detach_refuses_a_convolution_parametrized_since(net: nn.Module) -> None:
+def test_detach_refuses_a_convolution_parametrized_later(net: nn.Module) -> None:
     before = snapshot(net)
     attach(net)
     parametrizations.weight_norm(net[3].conv2)
@@ -116,10 +118,10 @@ def test_detach_refuses_a_convolution_parametrized_since(net: nn.Module) -> None
     ]
 
 
-def test_warns_of_a_block_that_could_not_be_analysed(net: nn.Module) -> None:
+def test_attach_warns_of_an_unanalysed_block(net: nn.Module) -> None:
     net.append(untraceable())
     message = (
-        r"^left without SimAM, since they could not be analysed: 4 \(untraceable, .*Proxy.*\)\. "
+        r"^left without SimAM, because they could not be analysed: 4 \(untraceable, .*Proxy.*\)\. "
         r"Choose convolutions with where=, or name the blocks in exclude= to accept this\.$"
     )
     with pytest.warns(UserWarning, match=message) as caught:
@@ -129,7 +131,7 @@ def test_warns_of_a_block_that_could_not_be_analysed(net: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("options", [{"exclude": "4"}, {"where": "*.conv2"}])
-def test_accepts_a_block_that_could_not_be_analysed(net: nn.Module, options: dict) -> None:
+def test_attach_exclude_accepts_an_unanalysed_block(net: nn.Module, options: dict) -> None:
     net.append(untraceable())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

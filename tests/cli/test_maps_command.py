@@ -1,4 +1,4 @@
-"""`simam maps`: the picture it draws, and what it says of mistakes before any work."""
+"""`simam maps`: the figures it draws, and its error messages, most of them before any work."""
 
 import os
 import re
@@ -13,34 +13,35 @@ from torch import Tensor, nn
 
 from tests.helpers import oracles
 
-pytest.importorskip("matplotlib", reason="it draws")
-pytest.importorskip("timm", reason="the maps are of models of torchvision and timm")
+pytest.importorskip("matplotlib", reason="draws the maps")
+pytest.importorskip("timm", reason="builds the models, with torchvision")
 
 import numpy
 from PIL import Image
 
 import simam
 from simam.cli import main
-from simam.cli import maps as photography
+from simam.cli import maps as maps_module
 from simam.cli.figure import draw
-from simam.cli.maps import Layer, look, read, upper_bound
+from simam.cli.maps import Layer, collect, read_image
 from simam.cli.models import Subject, build
 from simam.messages import UserError
-from tests.helpers.command import SMALL, Capture, message
+from simam.reference import gate_bounds
+from tests.helpers.command import SMALL, Capture, error_message
 
 LAYERS = ["layer1.0.conv2", "layer2.0.conv2", "layer3.0.conv2", "layer4.0.conv2"]
 
 
 def image(size: tuple[int, int] = (80, 60), seed: int = 0) -> Image.Image:
-    """Colours that change across a picture, another way for each seed."""
+    """An image of smooth colours, which depend on the seed."""
     corners = numpy.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=numpy.uint8)
     return Image.fromarray(corners).resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.fixture
-def photograph(tmp_path: Path) -> str:
-    image().save(tmp_path / "photograph.png")
-    return str(tmp_path / "photograph.png")
+def image_file(tmp_path: Path) -> str:
+    image().save(tmp_path / "image.png")
+    return str(tmp_path / "image.png")
 
 
 @pytest.fixture
@@ -48,12 +49,13 @@ def output(tmp_path: Path) -> str:
     return str(tmp_path / "out.png")
 
 
-def mistake(capsys: Capture, *arguments: str) -> str:
-    return message(capsys, "maps", *arguments)
+def maps_error(capsys: Capture, *arguments: str) -> str:
+    """The error message of `simam maps`."""
+    return error_message(capsys, "maps", *arguments)
 
 
-def test_one_photograph(photograph: str, output: str, capsys: Capture) -> None:
-    assert main(["maps", SMALL, photograph, "-o", output]) == 0
+def test_maps_command_draws_one_image(image_file: str, output: str, capsys: Capture) -> None:
+    assert main(["maps", SMALL, image_file, "-o", output]) == 0
     out, err = capsys.readouterr()
     assert out == (
         f"{output}: {', '.join(LAYERS)} of test_resnet, weights: random, SimAM(e_lambda=0.0001)\n"
@@ -66,15 +68,15 @@ def test_one_photograph(photograph: str, output: str, capsys: Capture) -> None:
     assert 500 < height < width
 
 
-def test_three_photographs_and_chosen_layers(
-    photograph: str, output: str, tmp_path: Path, capsys: Capture
+def test_maps_command_draws_several_images_and_chosen_layers(
+    image_file: str, output: str, tmp_path: Path, capsys: Capture
 ) -> None:
     others = [str(tmp_path / name) for name in ("b.jpg", "c.webp")]
     for seed, file in enumerate(others, start=1):
         image(seed=seed).save(file)
     layers = ["layer4*", "layer[12].*"]
     arguments = ["--e-lambda", "0.1", "--statistics", "leave_one_out", "--layers", *layers]
-    assert main(["maps", SMALL, photograph, *others, "-o", output, *arguments]) == 0
+    assert main(["maps", SMALL, image_file, *others, "-o", output, *arguments]) == 0
     assert capsys.readouterr().out == (
         f"{output}: layer1.0.conv2, layer2.0.conv2, layer4.0.conv2 of test_resnet, weights: "
         "random, SimAM(e_lambda=0.1, statistics='leave_one_out')\n"
@@ -82,18 +84,22 @@ def test_three_photographs_and_chosen_layers(
 
 
 @pytest.mark.parametrize("suffix", ["pdf", "svg", "JPG"])
-def test_formats(suffix: str, photograph: str, tmp_path: Path) -> None:
+def test_maps_command_writes_the_format_of_the_suffix(
+    suffix: str, image_file: str, tmp_path: Path
+) -> None:
     output = tmp_path / f"out.{suffix}"
-    assert main(["maps", SMALL, photograph, "-o", str(output), "--layers", "layer4*"]) == 0
+    assert main(["maps", SMALL, image_file, "-o", str(output), "--layers", "layer4*"]) == 0
     starts = {"pdf": b"%PDF", "svg": b"<?xml", "JPG": b"\xff\xd8\xff"}
     assert output.read_bytes().startswith(starts[suffix])
 
 
-def test_weights_change_the_picture(photograph: str, tmp_path: Path, capsys: Capture) -> None:
+def test_maps_command_draws_the_maps_of_the_weights(
+    image_file: str, tmp_path: Path, capsys: Capture
+) -> None:
     state = build(SMALL).model.state_dict()
     torch.save({k: t.flip(0) if t.dim() else t for k, t in state.items()}, tmp_path / "w.pt")
     outputs = [tmp_path / name for name in ("a.png", "b.png")]
-    command = ["maps", SMALL, photograph, "--layers", "layer4*", "-o"]
+    command = ["maps", SMALL, image_file, "--layers", "layer4*", "-o"]
     assert main([*command, str(outputs[0])]) == 0
     assert main([*command, str(outputs[1]), "--weights", str(tmp_path / "w.pt")]) == 0
     assert "weights: w.pt, " in capsys.readouterr().out
@@ -101,7 +107,7 @@ def test_weights_change_the_picture(photograph: str, tmp_path: Path, capsys: Cap
 
 
 class Net(nn.Module):
-    """Two SimAM at a resolution, and a third at half of it."""
+    """Two SimAM layers at one resolution, and a third at half that resolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,8 +123,8 @@ class Net(nn.Module):
 SUBJECT = Subject("resnet18", "torchvision", "0", Net().eval(), (3, 224, 224))
 
 
-def test_layers_are_the_last_of_each_resolution() -> None:
-    _, layers = look(SUBJECT, [image()])
+def test_collect_chooses_the_last_layer_of_each_resolution() -> None:
+    _, layers = collect(SUBJECT, [image()])
     assert [layer.path for layer in layers] == ["second", "third"]
     assert [list(layer.maps[0].shape) for layer in layers] == [[224, 224], [112, 112]]
 
@@ -127,18 +133,18 @@ def gate(x: Tensor, e_lambda: float) -> Tensor:
     return oracles.gate(oracles.each_channel(oracles.ENERGY["shared"], x, e_lambda))
 
 
-def test_what_is_drawn_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collect_computes_maps_and_histograms(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = Subject("net", "none", "0", Net().eval(), (3, 8, 8))
-    cut = [torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
-    shown = iter(cut)
-    own = (lambda photograph: next(shown), (0.5,) * 3, (0.25,) * 3)
-    monkeypatch.setattr(photography, "_preprocessing", lambda subject: own)
-    seen, (layer,) = look(subject, [None, None], ["fir*"])
-    for x, photograph, found in zip(cut, seen, layer.maps, strict=True):
-        torch.testing.assert_close(photograph, x * 0.25 + 0.5)
+    inputs = [torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
+    remaining = iter(inputs)
+    preprocessing = (lambda image: next(remaining), (0.5,) * 3, (0.25,) * 3)
+    monkeypatch.setattr(maps_module, "_preprocessing", lambda subject: preprocessing)
+    shown, (layer,) = collect(subject, [None, None], ["fir*"])
+    for x, image, found in zip(inputs, shown, layer.maps, strict=True):
+        torch.testing.assert_close(image, x * 0.25 + 0.5)
         expected = gate(x[None], 0.1)[0]
         oracles.assert_close(found, expected.mean(0), absolute=1e-6)
-    gates = torch.cat([gate(x[None], 0.1) for x in cut]).flatten().tolist()
+    gates = torch.cat([gate(x[None], 0.1) for x in inputs]).flatten().tolist()
     low = 1 / (1 + 2.718281828459045**-0.5)
     bins = [min(int((g - low) / (1 - low) * 40), 39) for g in gates]
     assert layer.counts.tolist() == [bins.count(i) for i in range(40)]
@@ -146,40 +152,46 @@ def test_what_is_drawn_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("positions", [2, 3, 9, 49, 12544])
-def test_upper_bound(positions: int) -> None:
-    # The channel that comes closest: one neuron apart from the others, which are all the same.
+def test_gate_bounds_are_reached(positions: int) -> None:
+    # The channel with the largest gate: one neuron differs from the others, which are all equal.
     channel = [1e3] + [0.0] * (positions - 1)
     reached = oracles.gate(torch.tensor(oracles.shared(channel, 1e-12), dtype=torch.float64)).max()
-    assert upper_bound(positions) == pytest.approx(reached.item(), abs=1e-9)
+    lower, upper = gate_bounds(positions, "shared")
+    assert lower == torch.sigmoid(torch.tensor(0.5, dtype=torch.float64)).item()
+    assert upper == pytest.approx(reached.item(), abs=1e-9)
 
 
-def test_bounds_where_they_meet_and_where_there_is_none() -> None:
-    assert upper_bound(1) == torch.sigmoid(torch.tensor(0.5, dtype=torch.float64)).item()
-    assert upper_bound(49, "leave_one_out") == 1
+def test_gate_bounds_of_one_position_and_of_leave_one_out() -> None:
+    lower = torch.sigmoid(torch.tensor(0.5, dtype=torch.float64)).item()
+    assert gate_bounds(1, "shared") == (lower, lower)
+    assert gate_bounds(49, "leave_one_out") == (lower, 1)
 
 
 @pytest.fixture
-def picture() -> Any:
+def figure() -> Any:
+    """A drawn figure of two layers, with its images and layers."""
     generator = torch.Generator().manual_seed(0)
-    photographs = [torch.rand(3, 20, 30, generator=generator) for _ in range(2)]
+    images = [torch.rand(3, 20, 30, generator=generator) for _ in range(2)]
     layers = []
     for path, side, upper in (("a.b", 4, 0.98), ("c." * 15 + "d", 2, 0.74)):
-        maps = [0.63 + 0.1 * torch.rand(side, side, generator=generator) for _ in photographs]
-        layers.append(Layer(path, upper, maps, torch.arange(40.0, dtype=torch.float64)))
-    figure = draw(["a $b_c$.png", "x" * 40 + ".png"], photographs, layers, "of _what_ $it$ is")
-    return figure, photographs, layers
+        maps = [0.63 + 0.1 * torch.rand(side, side, generator=generator) for _ in images]
+        layers.append(
+            Layer(path, (0.6224593, upper), maps, torch.arange(40.0, dtype=torch.float64))
+        )
+    figure = draw(["a $b_c$.png", "x" * 40 + ".png"], images, layers, "of _what_ $it$ is")
+    return figure, images, layers
 
 
-def test_panels(picture: Any) -> None:
-    figure, photographs, layers = picture
-    panels = [axis for axis in figure.axes if axis.images]
+def test_draw_lays_maps_over_images(figure: Any) -> None:
+    drawn, images, layers = figure
+    panels = [axis for axis in drawn.axes if axis.images]
     assert len(panels) == 2 * 3
-    for row, photograph in enumerate(photographs):
+    for row, image in enumerate(images):
         plain, *laid = panels[3 * row : 3 * row + 3]
-        numpy.testing.assert_array_equal(plain.images[0].get_array(), photograph.movedim(0, -1))
+        numpy.testing.assert_array_equal(plain.images[0].get_array(), image.movedim(0, -1))
         for panel, layer in zip(laid, layers, strict=True):
             grey, gates = panel.images
-            numpy.testing.assert_allclose(grey.get_array(), photograph.mean(0), rtol=1e-6)
+            numpy.testing.assert_allclose(grey.get_array(), image.mean(0), rtol=1e-6)
             numpy.testing.assert_array_equal(gates.get_array(), layer.maps[row])
             assert grey.get_extent() == gates.get_extent()
             values = torch.cat([gates.flatten() for gates in layer.maps]).numpy()
@@ -187,28 +199,28 @@ def test_panels(picture: Any) -> None:
             assert panel.get_aspect() == 1
 
 
-def test_histograms(picture: Any) -> None:
-    figure, _, layers = picture
-    axes = [axis for axis in figure.axes if axis.patches and axis.get_yscale() == "log"]
+def test_draw_histograms(figure: Any) -> None:
+    drawn, _, layers = figure
+    axes = [axis for axis in drawn.axes if axis.patches and axis.get_yscale() == "log"]
     for axis, layer in zip(axes, layers, strict=True):
         (stairs,) = axis.patches
         values, edges, _ = stairs.get_data()
         numpy.testing.assert_allclose(values, torch.arange(40.0) / 780)
         assert (edges[0], edges[-1]) == pytest.approx((0.6224593, 1))
         assert [line.get_xdata()[0] for line in axis.lines] == pytest.approx(
-            [0.6224593, layer.upper]
+            [0.6224593, layer.bounds[1]]
         )
-        assert [t.get_text() for t in axis.get_xticklabels()] == ["0.622", f"{layer.upper:.3f}"]
+        assert [t.get_text() for t in axis.get_xticklabels()] == ["0.622", f"{layer.bounds[1]:.3f}"]
 
 
-def test_no_text_overlaps_or_leaves_the_picture(picture: Any) -> None:
-    figure = picture[0]
-    figure.canvas.draw()
-    width, height = figure.bbox.size
-    texts = [t for t in figure.findobj(lambda a: hasattr(a, "get_text")) if t.get_text().strip()]
+def test_draw_overlaps_no_text_and_keeps_it_inside(figure: Any) -> None:
+    drawn = figure[0]
+    drawn.canvas.draw()
+    width, height = drawn.bbox.size
+    texts = [t for t in drawn.findobj(lambda a: hasattr(a, "get_text")) if t.get_text().strip()]
     boxes = [(t.get_text(), t.get_window_extent()) for t in texts if t.get_visible()]
-    told = {text for text, _ in boxes}
-    assert {"of _what_ $it$ is", "a $b_c$.png", "a.b\n4x4", "0.622", "0.740", "100 %"} <= told
+    shown = {text for text, _ in boxes}
+    assert {"of _what_ $it$ is", "a $b_c$.png", "a.b\n4x4", "0.622", "0.740", "100 %"} <= shown
     for index, (text, box) in enumerate(boxes):
         assert box.x0 >= 0, text
         assert box.y0 >= 0, text
@@ -218,29 +230,30 @@ def test_no_text_overlaps_or_leaves_the_picture(picture: Any) -> None:
             assert not box.padded(-1).overlaps(its.padded(-1)), (text, other)
 
 
-def test_a_map_without_differences_is_not_drawn_as_if_it_had_some() -> None:
+def test_draw_shows_no_rounding_errors_of_a_flat_map() -> None:
     flat = [0.63 + 1e-7 * torch.rand(4, 4, generator=torch.Generator().manual_seed(0))]
     counts = torch.ones(40, dtype=torch.float64)
-    figure = draw(["a"], [torch.rand(3, 8, 8)], [Layer("b", 1.0, flat, counts)], "c")
+    figure = draw(["a"], [torch.rand(3, 8, 8)], [Layer("b", (0.6224593, 1.0), flat, counts)], "c")
     (laid,) = [axis.images[1] for axis in figure.axes if len(axis.images) == 2]
     assert laid.get_clim() == pytest.approx((0.63, 0.631))
 
 
-def preprocessed(name: str, photograph: Image.Image, model: nn.Module) -> Tensor:
-    seen, _ = look(Subject(name, "torchvision", "0", model, (3, 224, 224)), [photograph], ["first"])
-    return seen[0]
+def preprocessed(name: str, original: Image.Image, model: nn.Module) -> Tensor:
+    subject = Subject(name, "torchvision", "0", model, (3, 224, 224))
+    inputs, _ = collect(subject, [original], ["first"])
+    return inputs[0]
 
 
-def test_photographs_are_cut_as_the_published_networks_do() -> None:
-    photograph = image((400, 300))
-    scaled = photograph.resize((341, 256), Image.Resampling.BILINEAR)
+def test_collect_crops_images_like_the_published_networks() -> None:
+    original = image((400, 300))
+    scaled = original.resize((341, 256), Image.Resampling.BILINEAR)
     expected = numpy.asarray(scaled.crop((58, 16, 282, 240))) / 255
-    found = preprocessed("resnet18", photograph, Net()).movedim(0, -1)
+    found = preprocessed("resnet18", original, Net()).movedim(0, -1)
     numpy.testing.assert_allclose(found, expected, atol=1e-6)
-    # A network for segmentation has none of its own: the shorter side fills the input.
-    scaled = photograph.resize((298, 224), Image.Resampling.BILINEAR)
+    # Segmentation networks have no preset crop: the shorter side is resized to the input.
+    scaled = original.resize((298, 224), Image.Resampling.BILINEAR)
     expected = numpy.asarray(scaled.crop((37, 0, 261, 224))) / 255
-    found = preprocessed("fcn_resnet50", photograph, Net()).movedim(0, -1)
+    found = preprocessed("fcn_resnet50", original, Net()).movedim(0, -1)
     numpy.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -255,48 +268,48 @@ def test_photographs_are_cut_as_the_published_networks_do() -> None:
         ("fasterrcnn_mobilenet_v3_large_320_fpn", 320, (0.0,) * 3, (1.0,) * 3),
     ],
 )
-def test_the_model_gets_what_it_was_trained_on(
+def test_collect_preprocesses_images_as_in_training(
     name: str, side: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
     colour = (10, 100, 200)
     got: list[Any] = []
 
-    class Shows(Net):
+    class Recorder(Net):
         def forward(self, x: Any) -> Tensor:
             got.append(x[0])
             return super().forward(x if isinstance(x, Tensor) else torch.stack(x))
 
     subject = build(name)
-    vars(subject)["model"] = Shows().eval()
+    vars(subject)["model"] = Recorder().eval()
     subject.model.pretrained_cfg = getattr(build(name).model, "pretrained_cfg", None)
-    seen, _ = look(subject, [Image.new("RGB", (500, 400), colour)])
+    inputs, _ = collect(subject, [Image.new("RGB", (500, 400), colour)])
     expected = [(c / 255 - m) / s for c, m, s in zip(colour, mean, std, strict=True)]
     assert got[0].shape == (3, side, side)
     torch.testing.assert_close(got[0].amax((1, 2)), torch.tensor(expected), atol=0.005, rtol=0)
     torch.testing.assert_close(got[0].amin((1, 2)), torch.tensor(expected), atol=0.005, rtol=0)
-    torch.testing.assert_close(seen[0][:, 0, 0], torch.tensor(colour) / 255, atol=0.005, rtol=0)
+    torch.testing.assert_close(inputs[0][:, 0, 0], torch.tensor(colour) / 255, atol=0.005, rtol=0)
 
 
-def test_photographs_are_upright_and_in_colour(tmp_path: Path) -> None:
-    turned = Image.Exif()
-    turned[0x0112] = 6  # the camera was held on its side
-    image((80, 60)).save(tmp_path / "turned.jpg", exif=turned)
-    assert read(str(tmp_path / "turned.jpg")).size == (60, 80)
+def test_read_image_rotates_and_converts_to_colour(tmp_path: Path) -> None:
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # the camera was rotated
+    image((80, 60)).save(tmp_path / "rotated.jpg", exif=rotated)
+    assert read_image(str(tmp_path / "rotated.jpg")).size == (60, 80)
     image().convert("L").save(tmp_path / "grey.png")
-    assert read(str(tmp_path / "grey.png")).mode == "RGB"
+    assert read_image(str(tmp_path / "grey.png")).mode == "RGB"
 
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise AssertionError("a model was built before the mistake was seen")
+        raise AssertionError("a model was built before the mistake was reported")
 
-    monkeypatch.setattr("simam.cli.build", refuse)
+    monkeypatch.setattr("simam.cli.commands.build", refuse)
 
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, "No such file or directory"),
         (b"no image", "UnidentifiedImageError: cannot identify image file "),
@@ -304,101 +317,113 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"\x89PNG\r\n\x1a\n" + bytes(20), ""),
     ],
 )
-def test_a_file_that_is_no_photograph(
-    content: bytes | None, told: str, photograph: str, output: str, tmp_path: Path, capsys: Capture
+def test_maps_command_refuses_files_that_are_no_images(
+    content: bytes | None,
+    message: str,
+    image_file: str,
+    output: str,
+    tmp_path: Path,
+    capsys: Capture,
 ) -> None:
     file = tmp_path / "photo.png"
     if content is not None:
         file.write_bytes(content)
-    said = mistake(capsys, SMALL, photograph, str(file), "-o", output)
-    assert said.startswith(f"cannot read {file}: {told}")
-    assert said.endswith("; expected a .jpg, .png or other image file")
+    found = maps_error(capsys, SMALL, image_file, str(file), "-o", output)
+    assert found.startswith(f"cannot read {file}: {message}")
+    assert found.endswith("; expected a .jpg, .png or other image file")
     assert not Path(output).exists()
 
 
 @pytest.mark.usefixtures("no_model")
-def test_a_photograph_that_is_cut_off(
-    photograph: str, output: str, tmp_path: Path, capsys: Capture
+def test_maps_command_refuses_a_truncated_image(
+    image_file: str, output: str, tmp_path: Path, capsys: Capture
 ) -> None:
     half = tmp_path / "half.png"
-    content = Path(photograph).read_bytes()
+    content = Path(image_file).read_bytes()
     half.write_bytes(content[: len(content) // 2])
-    assert mistake(capsys, SMALL, str(half), "-o", output).startswith(f"cannot read {half}: ")
+    assert maps_error(capsys, SMALL, str(half), "-o", output).startswith(f"cannot read {half}: ")
 
 
 @pytest.mark.usefixtures("no_model")
-def test_a_folder_as_photograph(output: str, tmp_path: Path, capsys: Capture) -> None:
-    said = mistake(capsys, SMALL, str(tmp_path), "-o", output)
-    assert said.startswith(f"cannot read {tmp_path}: ")
+def test_maps_command_refuses_a_folder_as_image(
+    output: str, tmp_path: Path, capsys: Capture
+) -> None:
+    found = maps_error(capsys, SMALL, str(tmp_path), "-o", output)
+    assert found.startswith(f"cannot read {tmp_path}: ")
 
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("out.doc", r"expected a name that ends in one of .*\.jpg, .*\.png, .*"),
         ("out", r"expected a name that ends in one of .*"),
         ("none/out.png", r"there is no folder .*none; create it first"),
-        ("folder.png", r"it is a folder, or write-protected"),
+        ("folder.png", r"it is a folder or write-protected"),
     ],
 )
-def test_outputs_that_cannot_be_written(
-    name: str, told: str, photograph: str, tmp_path: Path, capsys: Capture
+def test_maps_command_refuses_outputs_that_cannot_be_written(
+    name: str, message: str, image_file: str, tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "folder.png").mkdir()
     output = str(tmp_path / name)
-    said = mistake(capsys, SMALL, photograph, "-o", output)
-    assert re.fullmatch(rf"cannot write {re.escape(output)}: {told}", said)
+    found = maps_error(capsys, SMALL, image_file, "-o", output)
+    assert re.fullmatch(rf"cannot write {re.escape(output)}: {message}", found)
 
 
 @pytest.mark.usefixtures("no_model")
-def test_a_write_protected_output(
-    photograph: str, output: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+def test_maps_command_refuses_a_write_protected_output(
+    image_file: str, output: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    assert mistake(capsys, SMALL, photograph, "-o", output) == (
-        f"cannot write {output}: it is a folder, or write-protected"
+    assert maps_error(capsys, SMALL, image_file, "-o", output) == (
+        f"cannot write {output}: it is a folder or write-protected"
     )
 
 
 @pytest.mark.usefixtures("no_model")
-def test_a_photograph_is_not_overwritten(photograph: str, capsys: Capture) -> None:
-    content = Path(photograph).read_bytes()
-    assert mistake(capsys, SMALL, photograph, "-o", photograph) == (
-        f"{photograph} is one of the photographs; give another file for the picture"
+def test_maps_command_refuses_to_overwrite_an_image(image_file: str, capsys: Capture) -> None:
+    content = Path(image_file).read_bytes()
+    assert maps_error(capsys, SMALL, image_file, "-o", image_file) == (
+        f"{image_file} is one of the images; choose another file for the figure"
     )
-    assert Path(photograph).read_bytes() == content
+    assert Path(image_file).read_bytes() == content
 
 
-def test_a_disk_that_is_full(photograph: str, output: str, capsys: Capture,
+def test_maps_command_reports_a_full_disk(image_file: str, output: str, capsys: Capture,
                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
-    assert mistake(capsys, SMALL, photograph, "-o", output) == (
+    assert maps_error(capsys, SMALL, image_file, "-o", output) == (
         f"cannot write {output} (OSError: [Errno 28] No space left on device)"
     )
 
 
 @pytest.mark.usefixtures("no_model")
-def test_missing_matplotlib(
-    photograph: str, output: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+def test_maps_command_names_the_extra_of_missing_matplotlib(
+    image_file: str, output: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    said = mistake(capsys, SMALL, photograph, "-o", output)
-    assert said.startswith("matplotlib cannot be imported (ModuleNotFoundError: ")
-    assert said.endswith('): pip install "simam[viz]"')
+    found = maps_error(capsys, SMALL, image_file, "-o", output)
+    assert found.startswith("matplotlib cannot be imported (ModuleNotFoundError: ")
+    assert found.endswith(
+        '); install the extra "viz": pip install "simam[viz]", '
+        'or from a checkout pip install ".[viz]"'
+    )
 
 
-def test_globs_that_match_nothing(photograph: str, output: str, capsys: Capture) -> None:
-    said = mistake(capsys, SMALL, photograph, "-o", output, "--layers", "layer1*", "layer5*")
-    assert said == f"--layers 'layer5*' matches none of the layers: {', '.join(LAYERS)}"
+def test_maps_command_refuses_globs_that_match_nothing(
+    image_file: str, output: str, capsys: Capture
+) -> None:
+    found = maps_error(capsys, SMALL, image_file, "-o", output, "--layers", "layer1*", "layer5*")
+    assert found == f"--layers 'layer5*' matches none of the SimAM layers: {', '.join(LAYERS)}"
     assert not Path(output).exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "the following arguments are required: MODEL, IMAGE, -o/--output"),
         ([SMALL, "-o", "a.png"], "the following arguments are required: IMAGE"),
@@ -410,68 +435,72 @@ def test_globs_that_match_nothing(photograph: str, output: str, capsys: Capture)
         ([SMALL, "a.jpg", "-o", "a.png", "--layer", "x", "--nosuch"], "unrecognized arguments: "),
     ],
 )
-def test_mistakes_in_arguments(arguments: list[str], told: str, capsys: Capture) -> None:
-    said = mistake(capsys, *arguments)
-    assert said.startswith(told)
-    assert "--help" in said
+def test_maps_command_refuses_invalid_arguments(
+    arguments: list[str], message: str, capsys: Capture
+) -> None:
+    found = maps_error(capsys, *arguments)
+    assert found.startswith(message)
+    assert "--help" in found
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["ResNet19"], "unknown model 'ResNet19'; close names: resnet18, "),
         ([SMALL, "--weights", "no.pt"], "cannot read no.pt: No such file"),
-        (["vgg11"], "found no place for SimAM in this VGG"),
+        (["squeezenet1_1"], "found no place for SimAM in this SqueezeNet"),
         ([SMALL, "--where", "x"], "--where 'x' matches none of the model's convolutions"),
-        (["r3d_18"], "r3d_18 takes videos; maps are drawn for models of single images"),
-        (["raft_small"], "raft_small takes pairs of images; maps are drawn for models of single"),
+        (["mc3_18"], "mc3_18 takes videos; expected a model that takes single images"),
+        (["raft_small"], "raft_small takes pairs of images; expected a model that takes single"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_models_that_do_not_fit(
-    arguments: list[str], told: str, photograph: str, output: str, capsys: Capture
+def test_maps_command_refuses_models_that_do_not_fit(
+    arguments: list[str], message: str, image_file: str, output: str, capsys: Capture
 ) -> None:
     model, *options = arguments
-    assert mistake(capsys, model, photograph, "-o", output, *options).startswith(told)
+    assert maps_error(capsys, model, image_file, "-o", output, *options).startswith(message)
 
 
-def test_a_model_that_fails() -> None:
+def test_collect_names_a_model_that_fails() -> None:
     class Fails(Net):
         def forward(self, x: Tensor) -> Tensor:
             raise RuntimeError("of the model")
 
     subject = Subject("resnet18", "torchvision", "0", Fails(), (3, 224, 224))
-    told = r"^resnet18 fails on an input of shape 3x224x224 \(RuntimeError: of the model\)$"
-    with pytest.raises(UserError, match=told):
-        look(subject, [image()])
+    message = r"^resnet18 fails on an input of shape 3x224x224 \(RuntimeError: of the model\)$"
+    with pytest.raises(UserError, match=message):
+        collect(subject, [image()])
 
 
-def test_gates_that_are_not_finite() -> None:
+def test_collect_refuses_gates_that_are_not_finite() -> None:
     class Overflows(Net):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x / 0)
 
     subject = Subject("resnet18", "torchvision", "0", Overflows(), (3, 224, 224))
-    told = (
-        "the gates of second are not finite: values of resnet18 overflow before it; "
-        "check its weights"
+    message = (
+        "the gates of second are not finite: activations of resnet18 overflow before this layer; "
+        "check the weights"
     )
-    with pytest.raises(UserError, match=f"^{told}$"):
-        look(subject, [image()])
+    with pytest.raises(UserError, match=f"^{message}$"):
+        collect(subject, [image()])
 
 
-def test_matplotlib_is_loaded_late_and_its_settings_are_left(photograph: str, output: str) -> None:
+def test_maps_command_imports_matplotlib_late_and_keeps_its_settings(
+    image_file: str, output: str
+) -> None:
     program = (
         "import sys, simam.cli\n"
-        "assert not {'matplotlib', 'PIL'} & sys.modules.keys(), 'loaded early'\n"
+        "assert not {'matplotlib', 'PIL'} & sys.modules.keys(), 'imported early'\n"
         "import matplotlib\n"
         "before = matplotlib.rcParams.copy()\n"
         "assert simam.cli.main(sys.argv[1:]) == 0\n"
         "assert matplotlib.rcParams.copy() == before\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
-    command = [sys.executable, "-c", program, "maps", SMALL, photograph, "-o", output]
+    command = [sys.executable, "-c", program, "maps", "resnet18", image_file, "-o", output]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=one_thread)
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.startswith(f"{output}: layer1.0.conv2, ")
+    assert run.stdout.startswith(f"{output}: layer1.1.conv2, ")

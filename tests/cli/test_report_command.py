@@ -1,4 +1,4 @@
-"""`simam report`: what it shows of real models, its JSON, and what it says of mistakes."""
+"""`simam report`: its figures for real models, its JSON, its text and its error messages."""
 
 import io
 import json
@@ -22,7 +22,7 @@ import torchvision
 import simam
 from simam.cli import main
 from simam.cli.models import Subject, build
-from tests.helpers.command import INSTALL, SMALL, Capture, message, mistake, report
+from tests.helpers.command import SMALL, Capture, error_message, report, report_error
 
 
 @pytest.fixture(autouse=True)
@@ -32,38 +32,38 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nothing downloaded before counts
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # hides files downloaded before
 
 
 @pytest.mark.parametrize(
-    ("model", "parameters", "multiply_adds", "places"),
-    [  # the paper's
+    ("model", "parameters", "multiply_adds", "insertions"),
+    [  # as in the paper
         ("resnet18", "11.69", "1.82", 8),
         ("resnet50", "25.56", "4.11", 16),
         ("mobilenet_v2", "3.50", "0.31", 17),
     ],
 )
-def test_counts_are_those_of_the_paper(
-    model: str, parameters: str, multiply_adds: str, places: int, capsys: Capture
+def test_report_counts_match_the_paper(
+    model: str, parameters: str, multiply_adds: str, insertions: int, capsys: Capture
 ) -> None:
     found = report(capsys, model)
-    assert len(found["insertions"]) == places
+    assert len(found["insertions"]) == insertions
     for when in ("before", "after"):
         assert f"{found['parameters'][when] / 1e6:.2f}" == parameters
         assert f"{found['multiply_adds'][when] / 1e9:.2f}" == multiply_adds
 
 
-def test_shapes_of_resnet18(capsys: Capture) -> None:
-    found = report(capsys, "resnet18", "--batch", "2")
-    sizes = {1: [64, 56, 56], 2: [128, 28, 28], 3: [256, 14, 14], 4: [512, 7, 7]}
+def test_report_shows_the_shapes_of_resnet18(capsys: Capture) -> None:
+    found = report(capsys, "resnet18", "--batch", "2", "--input-size", "64")
+    sizes = {1: [64, 16, 16], 2: [128, 8, 8], 3: [256, 4, 4], 4: [512, 2, 2]}
     expected = {f"layer{i}.{j}.conv2": [2, *sizes[i]] for i in sizes for j in (0, 1)}
-    assert found["input_shape"] == [2, 3, 224, 224]
-    assert {place["path"]: place["shape"] for place in found["insertions"]} == expected
-    assert [place["calls"] for place in found["insertions"]] == [1] * 8
+    assert found["input_shape"] == [2, 3, 64, 64]
+    assert {each["path"]: each["shape"] for each in found["insertions"]} == expected
+    assert [each["calls"] for each in found["insertions"]] == [1] * 8
     assert found["elements"] == 2 * 2 * sum(c * h * w for c, h, w in sizes.values())
 
 
-def test_json(capsys: Capture) -> None:
+def test_report_json(capsys: Capture) -> None:
     found = report(capsys, SMALL, "--e-lambda", "0.1", "--statistics", "leave_one_out")
     assert list(found) == [
         "model", "library", "weights", "input_shape", "takes", "e_lambda", "statistics",
@@ -73,12 +73,12 @@ def test_json(capsys: Capture) -> None:
     assert found["model"] == "test_resnet"
     assert found["library"] == "timm"
     assert found["weights"] is None
-    assert found["input_shape"] == [1, 3, 160, 160]  # timm's own for it
+    assert found["input_shape"] == [1, 3, 160, 160]  # the default of timm
     assert (found["e_lambda"], found["statistics"]) == (0.1, "leave_one_out")
     assert found["insertions"][0] == {
         "path": "layer1.0.conv2",
         "block": "layer1.0",
-        "conv": "Conv2d 3x3",
+        "host": "Conv2d 3x3",
         "reason": simam.plan(build(SMALL).model)[0].reason,
         "shape": [1, 32, 40, 40],
         "calls": 1,
@@ -93,7 +93,7 @@ def test_json(capsys: Capture) -> None:
     assert set(found["versions"]) == {"simam", "torch", "timm"}
 
 
-def test_text(capsys: Capture) -> None:
+def test_report_text(capsys: Capture) -> None:
     assert main(["report", "--repeats", "2"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -102,44 +102,44 @@ def test_text(capsys: Capture) -> None:
     assert lines[1] == "SimAM(e_lambda=0.0001, statistics='shared'); input 1x3x224x224"
     assert lines[2].endswith(f", torchvision {torchvision.__version__}; 1 thread")
     assert lines[4:6] == [
-        "SimAM after      convolution   output",
-        "layer1.0.conv2   Conv2d 3x3    1x64x56x56",
+        "SimAM after      host         output",
+        "layer1.0.conv2   Conv2d 3x3   1x64x56x56",
     ]
     assert re.search(r"^parameters +11\.69 M +11\.69 M +1\.00$", out, re.MULTILINE)
     assert re.search(r"^multiply-adds +1\.82 G +1\.82 G +1\.00$", out, re.MULTILINE)
     number = r"\d+\.\d+"
     assert re.search(rf"^time +{number} ms +{number} ms +{number}$", out, re.MULTILINE)
     span = rf"{number} to {number}"
-    assert re.search(rf"^  middle half +{span} +{span} +{span}$", out, re.MULTILINE)
+    assert re.search(rf"^  quartiles +{span} +{span} +{span}$", out, re.MULTILINE)
     assert "2 pairs" in out
     assert "0.75 M values" in out
     assert max(map(len, lines)) <= 100
 
 
-def test_text_names_what_was_not_analysed_and_why_counts_differ(capsys: Capture) -> None:
+def test_report_text_names_blocks_not_analysed_and_why_counts_differ(capsys: Capture) -> None:
     model = "fasterrcnn_mobilenet_v3_large_320_fpn"
     assert main(["report", model, "--repeats", "1"]) == 0
     out = capsys.readouterr().out
     assert "; input 1x3x320x320 as a list of images\n" in out
     assert "Not analysed, so without SimAM:\n  backbone.fpn: FeaturePyramidNetwork" in out
     before, after = re.search(r"^multiply-adds +(\S+) G +(\S+) G", out, re.MULTILINE).groups()  # type: ignore[union-attr]
-    assert before == after or "They differ where" in out
+    assert before == after or "The counts differ if" in out
     assert max(map(len, out.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
     ("arguments", "input_shape", "shape"),
     [
-        (["r3d_18", "--input-size", "32"], [1, 3, 16, 32, 32], [1, 64, 16, 16, 16]),
-        (["r3d_18", "--input-size", "3", "8", "16", "16"], [1, 3, 8, 16, 16], [1, 64, 8, 8, 8]),
+        (["mc3_18", "--input-size", "32"], [1, 3, 16, 32, 32], [1, 64, 16, 16, 16]),
+        (["mc3_18", "--input-size", "3", "8", "16", "16"], [1, 3, 8, 16, 16], [1, 64, 8, 8, 8]),
         (["raft_small"], [1, 3, 128, 128], [2, 8, 64, 64]),  # both images in one batch
-        (["deeplabv3_resnet50", "--input-size", "32"], [1, 3, 32, 32], [1, 64, 8, 8]),
+        (["lraspp_mobilenet_v3_large", "--input-size", "32"], [1, 3, 32, 32], [1, 16, 16, 16]),
         (["timm/convnext_atto", "--input-size", "32"], [1, 3, 32, 32], [1, 40, 8, 8]),
         ([SMALL, "--input-size", "3", "32", "48"], [1, 3, 32, 48], [1, 32, 8, 12]),
     ],
     ids=lambda value: value[0] if isinstance(value[0], str) else None,
 )
-def test_kinds_of_input(
+def test_report_accepts_every_kind_of_input(
     arguments: list[str], input_shape: list[int], shape: list[int], capsys: Capture
 ) -> None:
     found = report(capsys, *arguments)
@@ -150,15 +150,17 @@ def test_kinds_of_input(
 @pytest.mark.parametrize(
     ("name", "input_size", "takes"),
     [
-        ("efficientnet_b3", (3, 300, 300), "batch"),  # of its published weights
-        ("vit_b_16", (3, 224, 224), "batch"),  # the smallest of them
+        ("efficientnet_b3", (3, 300, 300), "batch"),  # crop size of its published weights
+        ("vit_b_16", (3, 224, 224), "batch"),  # the smallest crop size of its published weights
         ("timm/efficientnet_b3", (3, 288, 288), "batch"),
         ("mvit_v2_s", (3, 16, 224, 224), "batch"),
-        ("fasterrcnn_resnet50_fpn", (3, 800, 800), "list"),  # to which it resizes its images
+        ("fasterrcnn_resnet50_fpn", (3, 800, 800), "list"),  # the size to which it resizes images
         ("raft_large", (3, 128, 128), "pair"),
     ],
 )
-def test_input_of_a_model(name: str, input_size: tuple[int, ...], takes: str) -> None:
+def test_build_gives_the_input_size_of_the_model(
+    name: str, input_size: tuple[int, ...], takes: str
+) -> None:
     with torch.device("meta"):
         subject = build(name)
     assert (subject.input_size, subject.takes) == (input_size, takes)
@@ -174,18 +176,18 @@ def test_input_of_a_model(name: str, input_size: tuple[int, ...], takes: str) ->
         ("resnet18.a1_in1k", "timm"),
     ],
 )
-def test_library_of_a_name(name: str, library: str) -> None:
+def test_build_finds_the_library_of_a_name(name: str, library: str) -> None:
     assert build(name).library == library
 
 
-def test_where_and_exclude(capsys: Capture) -> None:
+def test_report_takes_where_and_exclude(capsys: Capture) -> None:
     found = report(capsys, "--where", "layer1.*", "layer2.0.*", "--exclude", "*.conv1",
                    "*downsample*", "--input-size", "32")  # fmt: skip
-    paths = [place["path"] for place in found["insertions"]]
+    paths = [each["path"] for each in found["insertions"]]
     assert paths == ["layer1.0.conv2", "layer1.1.conv2", "layer2.0.conv2"]
 
 
-def test_models_and_inputs_are_the_same_every_time() -> None:
+def test_build_gives_the_same_model_and_inputs_every_time() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         first = build(SMALL)
@@ -196,7 +198,7 @@ def test_models_and_inputs_are_the_same_every_time() -> None:
     assert torch.equal(first.inputs((1, 3, 4, 4))[0], second.inputs((1, 3, 4, 4))[0])
 
 
-def test_build_leaves_the_random_state_alone() -> None:
+def test_build_leaves_the_random_state_unchanged() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         state = torch.get_rng_state()
@@ -204,14 +206,14 @@ def test_build_leaves_the_random_state_alone() -> None:
         assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_warnings_of_the_libraries_are_not_passed_on(
+def test_report_hides_warnings_of_libraries(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def warn(*_: object) -> Subject:
         warnings.warn("of a library", stacklevel=1)
         return build(SMALL)
 
-    monkeypatch.setattr("simam.cli.build", warn)
+    monkeypatch.setattr("simam.cli.commands.build", warn)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         report(capsys, "--input-size", "32")
@@ -219,7 +221,9 @@ def test_warnings_of_the_libraries_are_not_passed_on(
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_progress_bar_is_for_terminals(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_shows_progress_only_on_a_terminal(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Screen(io.StringIO):
         def isatty(self) -> bool:
             return terminal
@@ -231,36 +235,38 @@ def test_progress_bar_is_for_terminals(terminal: bool, monkeypatch: pytest.Monke
     assert bool(screen.getvalue()) == terminal
 
 
-def test_unknown_model_lists_close_names(capsys: Capture) -> None:
-    told = mistake(capsys, "ResNet19")
-    assert told.startswith("unknown model 'ResNet19'; close names: resnet18, ")
-    assert re.search(r"\bresnet152\b.* \(torchvision\); .*\bresnet18d\b.* \(timm\)$", told)
+def test_report_lists_names_close_to_an_unknown_model(capsys: Capture) -> None:
+    message = report_error(capsys, "ResNet19")
+    assert message.startswith("unknown model 'ResNet19'; close names: resnet18, ")
+    assert re.search(r"\bresnet152\b.* \(torchvision\); .*\bresnet18d\b.* \(timm\)$", message)
 
 
-def test_unknown_model_of_one_library(capsys: Capture) -> None:
-    assert mistake(capsys, "timm/mobilnetv2_100").startswith(
+def test_report_lists_close_names_of_the_given_library(capsys: Capture) -> None:
+    assert report_error(capsys, "timm/mobilnetv2_100").startswith(
         "unknown model 'mobilnetv2_100'; close names: mobilenetv2_100, "
     )
-    assert "timm" not in mistake(capsys, "torchvision/resnet19")
-    assert mistake(capsys, "torchvision/xyz") == (
+    assert "timm" not in report_error(capsys, "torchvision/resnet19")
+    assert report_error(capsys, "torchvision/xyz") == (
         "unknown model 'xyz'; close names: none (torchvision)"
     )
 
 
 @pytest.mark.parametrize("name", ["hf-hub:timm/resnet18.a1_in1k", "timm/hf-hub:timm/resnet18"])
-def test_names_that_would_need_the_network_are_unknown(name: str, capsys: Capture) -> None:
-    assert mistake(capsys, name).startswith("unknown model 'hf-hub:timm/resnet18")
+def test_report_refuses_names_that_need_the_network(name: str, capsys: Capture) -> None:
+    assert report_error(capsys, name).startswith("unknown model 'hf-hub:timm/resnet18")
 
 
 def missing(package: str) -> str:
+    """The error message for a package that cannot be imported."""
     return (
         f"{package} cannot be imported (ModuleNotFoundError: import of {package} halted; "
-        f"None in sys.modules): {INSTALL}"
+        'None in sys.modules); install the extra "timm": pip install "simam[timm]", '
+        'or from a checkout pip install ".[timm]"'
     )
 
 
 @pytest.mark.parametrize(
-    ("packages", "name", "told"),
+    ("packages", "name", "message"),
     [
         (["timm"], "timm/resnet18", missing("timm")),
         (["torchvision"], "torchvision/resnet18", missing("torchvision")),
@@ -277,15 +283,15 @@ def missing(package: str) -> str:
         ),
     ],
 )
-def test_missing_library(
-    packages: list[str], name: str, told: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+def test_report_names_the_extra_of_a_missing_library(
+    packages: list[str], name: str, message: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package in packages:
         monkeypatch.setitem(sys.modules, package, None)
-    assert mistake(capsys, name) == told
+    assert report_error(capsys, name) == message
 
 
-def test_one_library_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_works_with_one_library(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "timm", None)
         assert build("resnet18").library == "torchvision"
@@ -294,48 +300,51 @@ def test_one_library_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
         assert build("resnet18").library == "timm"
 
 
-def test_tqdm_is_not_needed(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_works_without_tqdm(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
     report(capsys, SMALL, "--input-size", "32")
 
 
-POSITIVE = "expected a whole number from 1 on, got"
+POSITIVE = "expected a positive integer, got"
 HELP = "; see simam report --help"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (
-            ["vgg11"],
-            "found no place for SimAM in this VGG: no residual block whose branch holds a spatial "
-            "(kernel > 1) convolution and a non-linearity. Choose convolutions with --where, for "
-            "example --where 'features.*'.",
+            ["squeezenet1_1"],
+            "found no place for SimAM in this SqueezeNet: no residual block whose branch holds a "
+            "spatial (kernel > 1) convolution and a non-linearity. Choose convolutions with "
+            "--where, for example --where 'features.*'.",
         ),
         (
             [SMALL, "--where", "layr1.*"],
             r"--where 'layr1.*' matches none of the model's convolutions; close to it: layer1.",
         ),
-        ([SMALL, "--exclude", "nosuch"], "--exclude 'nosuch' matches none of the planned places"),
+        (
+            [SMALL, "--exclude", "nosuch"],
+            "--exclude 'nosuch' matches none of the planned insertions",
+        ),
         (
             [SMALL, "--exclude", "*"],
-            "--exclude ['*'] leaves out every place; nothing to attach",
+            "--exclude ['*'] leaves out every insertion; nothing to attach",
         ),
         (
             [SMALL, "--input-size", "2", "2"],
-            "the input size of test_resnet is one number or 3, such as 3 160 160, got 2 2",
+            "the input size of test_resnet must be 1 or 3 numbers, such as 3 160 160, got 2 2",
         ),
         (
-            ["r3d_18", "--input-size", "3", "32", "32"],
-            "the input size of r3d_18 is one number or 4, such as 3 16 112 112, got 3 32 32",
+            ["mc3_18", "--input-size", "3", "32", "32"],
+            "the input size of mc3_18 must be 1 or 4 numbers, such as 3 16 112 112, got 3 32 32",
         ),
         (
             [SMALL, "--input-size", "5", "32", "32"],
-            "test_resnet cannot take an input of shape 1x5x32x32 (RuntimeError: Given groups=1, ",
+            "test_resnet fails on an input of shape 1x5x32x32 (RuntimeError: Given groups=1, ",
         ),
         (
             ["raft_small", "--input-size", "64"],
-            "raft_small cannot take an input of shape 1x3x64x64 (ValueError: Feature maps are too ",
+            "raft_small fails on an input of shape 1x3x64x64 (ValueError: Feature maps are too ",
         ),
         (["--input-size", "0"], f"argument --input-size: {POSITIVE} '0'{HELP}"),
         (["--input-size", "x"], f"argument --input-size: {POSITIVE} 'x'{HELP}"),
@@ -355,22 +364,24 @@ HELP = "; see simam report --help"
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_mistakes(arguments: list[str], told: str, capsys: Capture) -> None:
-    assert mistake(capsys, *arguments).startswith(told)
+def test_report_refuses_invalid_options(
+    arguments: list[str], message: str, capsys: Capture
+) -> None:
+    assert report_error(capsys, *arguments).startswith(message)
 
 
-def test_what_to_do_about_an_input_size(capsys: Capture) -> None:
-    told = mistake(capsys, SMALL, "--input-size", "5", "32", "32")
-    assert told.endswith("); give another --input-size than 5 32 32")
+def test_report_suggests_another_input_size(capsys: Capture) -> None:
+    message = report_error(capsys, SMALL, "--input-size", "5", "32", "32")
+    assert message.endswith("); choose an --input-size other than 5 32 32")
 
 
-def test_unknown_command(capsys: Capture) -> None:
-    told = message(capsys, "rapport")
+def test_command_refuses_unknown_commands(capsys: Capture) -> None:
+    message = error_message(capsys, "rapport")
     choice = r"argument COMMAND: invalid choice: 'rapport' \(choose from '?report'?, '?maps'?\)"
-    assert re.match(choice, told)
+    assert re.match(choice, message)
 
 
-def test_help_without_arguments(capsys: Capture) -> None:
+def test_command_prints_help_without_arguments(capsys: Capture) -> None:
     assert main([]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("usage: simam ")
@@ -378,46 +389,79 @@ def test_help_without_arguments(capsys: Capture) -> None:
     assert err == ""
 
 
-def test_version(capsys: Capture) -> None:
+def test_command_prints_its_version(capsys: Capture) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--version"])
     assert exit_.value.code == 0
     assert capsys.readouterr().out == f"simam {simam.__version__}\n"
 
 
-def test_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_exits_with_130_if_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("simam.cli.build", interrupt)
+    monkeypatch.setattr("simam.cli.commands.build", interrupt)
     assert main(["report"]) == 130
 
 
-def test_as_a_module() -> None:
+def run(*command: str) -> "subprocess.CompletedProcess[str]":
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "simam", "report", "resnet18", "--repeats", "1", "--json"]
-    run = subprocess.run(command, check=True, capture_output=True, text=True, env=one_thread)
-    found = json.loads(run.stdout)
+    return subprocess.run(command, capture_output=True, text=True, env=one_thread)
+
+
+def test_command_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "simam", "report", "resnet18"]
+    finished = run(*command, "--repeats", "1", "--input-size", "32", "--json")
+    assert (finished.returncode, finished.stderr) == (0, "")
+    found = json.loads(finished.stdout)
     assert found["parameters"] == {"before": 11689512, "after": 11689512}
 
-    run = subprocess.run([*command[:4], "nosuch"], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stdout == ""
-    assert run.stderr.startswith("simam: error: unknown model 'nosuch'; close names: ")
+    finished = run(*command, "--batch", "0")
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr == (
+        f"simam: error: argument --batch: {POSITIVE} '0'; see simam report --help\n"
+    )
 
 
-def test_the_command_brings_no_model_library() -> None:
-    optional = {"timm", "torchvision", "tqdm", "safetensors", "matplotlib", "PIL"}
-    program = "import sys; {}; print(*sys.modules)"
-    brought = [
-        set(
-            subprocess.run(
-                [sys.executable, "-c", program.format(statement)],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout.split()
-        )
-        for statement in ("import torch", "import simam.cli")
-    ]
-    assert brought[1] & optional <= brought[0]
+def test_command_help_needs_torch_alone() -> None:
+    program = """
+import sys
+import torch  # which may import some optional packages itself
+from importlib import import_module
+
+OPTIONAL = {"PIL", "matplotlib", "safetensors", "timm", "torchvision", "tqdm"}
+attempts = []
+
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in OPTIONAL:
+            attempts.append(name)
+            raise ModuleNotFoundError(name)
+
+
+for name in list(sys.modules):
+    if name.partition(".")[0] in OPTIONAL:
+        del sys.modules[name]
+sys.meta_path.insert(0, Blocker())
+
+import simam.cli
+
+for arguments in ([], ["--help"], ["report", "--help"], ["maps", "--help"]):
+    try:
+        assert simam.cli.main(arguments) == 0
+    except SystemExit as exit_:
+        assert exit_.code == 0
+assert not attempts, attempts
+
+for name in OPTIONAL:  # the blocker blocks
+    try:
+        import_module(name)
+    except ModuleNotFoundError:
+        pass
+assert set(attempts) == OPTIONAL, attempts
+"""
+    finished = run(sys.executable, "-c", program)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    for text in ("COMMAND", "--input-size N", "--layers GLOB"):
+        assert text in finished.stdout

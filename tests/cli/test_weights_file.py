@@ -1,4 +1,4 @@
-"""`simam report --weights FILE`: what it loads, and what it refuses without running it."""
+"""`--weights FILE`: which files are loaded, and which are refused without running their code."""
 
 import os
 import re
@@ -13,9 +13,9 @@ from torch import Tensor
 
 pytest.importorskip("timm", reason="timm builds the network")
 
-from simam.cli.models import build
+from simam.cli.models import build, load_weights
 from simam.messages import UserError
-from tests.helpers.command import INSTALL, SMALL, Capture, mistake, report
+from tests.helpers.command import SMALL, Capture, report, report_error
 
 
 def state_of(seed: int = 1) -> dict[str, Tensor]:
@@ -38,11 +38,11 @@ def without_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": state, "epoch": 3},
         lambda state: {f"module.{key}": tensor for key, tensor in state.items()},
-        without_counts,  # files of torch before 0.4.1
+        without_counts,  # as in files of torch before 0.4.1
     ],
     ids=["plain", "state_dict", "model", "DataParallel", "old"],
 )
-def test_weights_are_loaded(
+def test_load_weights_accepts_every_form_of_file(
     form: Callable[[dict[str, Tensor]], object], tmp_path: Path, capsys: Capture
 ) -> None:
     state = state_of()
@@ -53,7 +53,7 @@ def test_weights_are_loaded(
     assert report(capsys, SMALL, "--input-size", "32", "--weights", file)["weights"] == file
 
 
-def test_safetensors_are_loaded(tmp_path: Path) -> None:
+def test_load_weights_accepts_safetensors(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch", reason="timm brings it")
     state, file = state_of(), str(tmp_path / "weights.safetensors")
     safetensors.save_file(state, file)
@@ -61,7 +61,7 @@ def test_safetensors_are_loaded(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
 
 
-def test_weights_that_do_not_fit(tmp_path: Path, capsys: Capture) -> None:
+def test_load_weights_refuses_weights_that_do_not_fit(tmp_path: Path, capsys: Capture) -> None:
     state = state_of()
     number = len(state)
     for key in ("bn1.weight", "bn1.bias", "conv1.0.weight", "fc.bias"):
@@ -69,12 +69,31 @@ def test_weights_that_do_not_fit(tmp_path: Path, capsys: Capture) -> None:
     state |= {"head.weight": torch.ones(2), "fc.weight": torch.ones(10, 5)}
     file = str(tmp_path / "weights.pt")
     torch.save(state, file)
-    assert mistake(capsys, SMALL, "--weights", file) == (
+    assert report_error(capsys, SMALL, "--weights", file) == (
         f"the weights in {file} are not those of this model, which has {number} tensors; "
         "4 missing: conv1.0.weight, bn1.weight, bn1.bias, ...; 1 unexpected: head.weight; "
         "1 of another shape: fc.weight (expected 1000x96, got 10x5). "
         "Name the model that they were saved from"
     )
+
+
+def test_load_weights_leaves_the_model_unchanged_by_a_file_it_refuses(tmp_path: Path) -> None:
+    model = build(SMALL).model
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state = {key: tensor + 1 for key, tensor in before.items()}
+    state["fc.weight"] = torch.ones(10, 5)
+    file = str(tmp_path / "weights.pt")
+    torch.save(state, file)
+    with pytest.raises(UserError, match=r"fc\.weight"):
+        load_weights(model, file)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    changed = [
+        key
+        for key, tensor in before.items()
+        if after[key].numpy().tobytes() != tensor.numpy().tobytes()
+    ]
+    assert changed == []
 
 
 class Payload:
@@ -85,14 +104,14 @@ class Payload:
         return os.mkdir, (str(self.folder),)
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_load_weights_refuses_a_file_that_would_run_code(tmp_path: Path, capsys: Capture) -> None:
     file, trace = str(tmp_path / "weights.pt"), tmp_path / "ran"
     torch.save({"conv1.weight": Payload(trace)}, file)
     assert re.fullmatch(
         rf"{re.escape(file)} is refused: it asks for \w+\.mkdir\. A file that holds more than "
         r"tensors could run code; expected one written by torch\.save\(model\.state_dict\(\), "
         r"\.\.\.\) or a \.safetensors file",
-        mistake(capsys, SMALL, "--weights", file),
+        report_error(capsys, SMALL, "--weights", file),
     )
     assert not trace.exists()
     torch.load(file, weights_only=False)  # the payload is live
@@ -101,18 +120,18 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, capsys: Capture) 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("content", [b"", b"no weights" * 100])
-def test_a_file_that_is_something_else(
+def test_load_weights_refuses_other_files(
     suffix: str, content: bytes, tmp_path: Path, capsys: Capture
 ) -> None:
     file = tmp_path / f"weights.{suffix}"
     file.write_bytes(content)
-    told = mistake(capsys, SMALL, "--weights", str(file))
-    assert told.startswith(f"{file} is refused: ")
-    assert told.endswith("torch.save(model.state_dict(), ...) or a .safetensors file")
+    message = report_error(capsys, SMALL, "--weights", str(file))
+    assert message.startswith(f"{file} is refused: ")
+    assert message.endswith("torch.save(model.state_dict(), ...) or a .safetensors file")
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ([1, 2], "holds a list"),
         (torch.ones(2), "holds a Tensor"),
@@ -121,30 +140,34 @@ def test_a_file_that_is_something_else(
         ({"state_dict": {"a": "b"}}, "holds 'a' with a str"),
     ],
 )
-def test_a_file_without_a_state_dict(
-    content: object, told: str, tmp_path: Path, capsys: Capture
+def test_load_weights_refuses_a_file_without_a_state_dict(
+    content: object, message: str, tmp_path: Path, capsys: Capture
 ) -> None:
     file = str(tmp_path / "weights.pt")
     torch.save(content, file)
-    assert mistake(capsys, SMALL, "--weights", file) == (
-        f"{file} {told}, expected a state dict (names to tensors), by itself or as "
+    assert report_error(capsys, SMALL, "--weights", file) == (
+        f"{file} {message}, expected a state dict (names to tensors), by itself or as "
         '"state_dict" or "model" of a dict'
     )
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "missing.safetensors"])
-def test_a_file_that_is_missing(name: str, tmp_path: Path, capsys: Capture) -> None:
+def test_load_weights_names_a_missing_file(name: str, tmp_path: Path, capsys: Capture) -> None:
     file = str(tmp_path / name)
-    assert mistake(capsys, SMALL, "--weights", file).startswith(f"cannot read {file}: No such file")
+    assert report_error(capsys, SMALL, "--weights", file).startswith(
+        f"cannot read {file}: No such file"
+    )
 
 
-def test_a_folder_as_weights(tmp_path: Path, capsys: Capture) -> None:
-    assert mistake(capsys, SMALL, "--weights", str(tmp_path)).startswith(
+def test_load_weights_refuses_a_folder(tmp_path: Path, capsys: Capture) -> None:
+    assert report_error(capsys, SMALL, "--weights", str(tmp_path)).startswith(
         f"cannot read {tmp_path}: "
     )
 
 
-def test_missing_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_weights_names_the_extra_of_missing_safetensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(UserError, match=re.escape(INSTALL)):
+    with pytest.raises(UserError, match=re.escape('pip install "simam[timm]"')):
         build(SMALL, "weights.safetensors")

@@ -1,4 +1,4 @@
-"""The command `simam` run in the tests' process, and what it printed."""
+"""Run the command `simam` in the process of the tests, and check what it prints."""
 
 import json
 from typing import Any
@@ -8,12 +8,12 @@ import pytest
 from simam.cli import main
 
 SMALL = "timm/test_resnet"  # 4 blocks
-INSTALL = 'pip install "simam[timm]"'
 
 Capture = pytest.CaptureFixture[str]
 
 
 def report(capsys: Capture, *arguments: str) -> dict[str, Any]:
+    """The JSON of `simam report`, with one timed pair of forward passes."""
     assert main(["report", *arguments, "--repeats", "1", "--json"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -22,8 +22,8 @@ def report(capsys: Capture, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def message(capsys: Capture, *arguments: str) -> str:
-    """What the command says of a mistake, after checking that it says nothing else."""
+def error_message(capsys: Capture, *arguments: str) -> str:
+    """The error message of the command, which must print nothing else."""
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -32,5 +32,6 @@ def message(capsys: Capture, *arguments: str) -> str:
     return err.removeprefix("simam: error: ").removesuffix("\n")
 
 
-def mistake(capsys: Capture, *arguments: str) -> str:
-    return message(capsys, "report", *arguments)
+def report_error(capsys: Capture, *arguments: str) -> str:
+    """The error message of `simam report`."""
+    return error_message(capsys, "report", *arguments)

@@ -1,4 +1,4 @@
-"""Attention maps: the gates are those of the definition, and the model is left as it was."""
+"""Attention maps: the gates match the definition, and the model is left unchanged."""
 
 import re
 from typing import Any
@@ -19,7 +19,7 @@ def gate(x: Tensor, e_lambda: float, statistics: str = "shared") -> Tensor:
 
 
 class Net(nn.Module):
-    """An attached convolution, a batch norm, dropout, and a SimAM of the network's own."""
+    """A convolution to attach SimAM to, a batch norm, dropout, and a SimAM of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def images() -> Tensor:
 
 
 def by_hand(net: Net, images: Tensor) -> dict[str, Tensor]:
-    """The network's steps in evaluation mode, without its modules, in float64."""
+    """The gates of the network in evaluation mode, computed without its modules, in float64."""
     state = {key: tensor.double() for key, tensor in net.state_dict().items()}
     x = nnf.conv2d(images.double(), state["conv.weight"], state["conv.bias"])
     gates = {"conv": gate(x, 0.02)}
@@ -59,14 +59,14 @@ def by_hand(net: Net, images: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_gates_are_those_of_the_definition(
+def test_attention_maps_match_the_definition(
     training: bool, net: Net, images: Tensor, implementation: str
 ) -> None:
     maps, expected = attention_maps(net.train(training), images), by_hand(net, images)
     assert list(maps) == ["conv", "simam"]
     for path, found in maps.items():
         assert found.shape == (2, 4, 7, 6)
-        # Of the inputs of up to 5, rounded in float32 by the convolution and the norm.
+        # The inputs, up to 5, are rounded to float32 by the convolution and the norm.
         assert_close(found, expected[path], absolute=1e-5)
         assert not found.requires_grad
 
@@ -76,7 +76,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "state": {key: tensor.clone() for key, tensor in model.state_dict().items()},
         "tensors": [*map(id, model.parameters()), *map(id, model.buffers())],
         "gradients": [parameter.grad for parameter in model.parameters()],
-        "trained": [parameter.requires_grad for parameter in model.parameters()],
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
         "modes": [module.training for module in model.modules()],
         "hooks": [
             {key: list(value) for key, value in vars(module).items() if key.endswith("hooks")}
@@ -96,13 +96,13 @@ def assert_unchanged(before: dict[str, Any], model: nn.Module) -> None:
 
 
 def mixed_modes(net: Net) -> Net:
-    """In training, but for a frozen batch norm."""
+    """Train mode, except for a frozen batch norm."""
     net.train().norm.eval()
     return net
 
 
 @pytest.mark.parametrize("prepare", [nn.Module.train, nn.Module.eval, mixed_modes])
-def test_model_is_left_as_it_was(prepare: Any, net: Net, images: Tensor) -> None:
+def test_attention_maps_leave_the_model_unchanged(prepare: Any, net: Net, images: Tensor) -> None:
     prepare(net)
     net.conv.weight.requires_grad_(False)
     net.simam.register_forward_pre_hook(lambda layer, args: None)
@@ -112,7 +112,7 @@ def test_model_is_left_as_it_was(prepare: Any, net: Net, images: Tensor) -> None
     torch.testing.assert_close(attention_maps(net, images), first, rtol=0, atol=0)
 
 
-def test_a_forward_pass_in_training_would_be_seen(net: Net, images: Tensor) -> None:
+def test_assert_unchanged_detects_a_forward_pass_in_training(net: Net, images: Tensor) -> None:
     before = snapshot(net)
     net(images)
     with pytest.raises(AssertionError):
@@ -120,7 +120,9 @@ def test_a_forward_pass_in_training_would_be_seen(net: Net, images: Tensor) -> N
 
 
 @pytest.mark.parametrize("at", ["before", "between", "after"])
-def test_model_is_left_as_it_was_if_the_pass_fails(at: str, net: Net, images: Tensor) -> None:
+def test_attention_maps_leave_the_model_unchanged_if_the_pass_fails(
+    at: str, net: Net, images: Tensor
+) -> None:
     class Fails(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             raise KeyError("of the model")
@@ -134,7 +136,7 @@ def test_model_is_left_as_it_was_if_the_pass_fails(at: str, net: Net, images: Te
 
 
 class Observer(nn.Module):
-    """Counts and resizes its buffers in every mode, as quantisation's observers do."""
+    """Writes and resizes its buffers in every mode, as observers for quantisation do."""
 
     seen: Tensor
     count: Tensor
@@ -143,7 +145,7 @@ class Observer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(1))
-        self.register_buffer("count", self.seen)  # a second name of the same tensor
+        self.register_buffer("count", self.seen)  # the same tensor under a second name
         self.register_buffer("largest", torch.zeros(0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,25 +154,27 @@ class Observer(nn.Module):
         return x
 
 
-def test_buffers_written_in_evaluation_mode_are_left_too(net: Net, images: Tensor) -> None:
+def test_attention_maps_restore_buffers_written_in_evaluation_mode(
+    net: Net, images: Tensor
+) -> None:
     model = nn.Sequential(Observer(), net)
     before = snapshot(model)
     attention_maps(model, images)
     assert_unchanged(before, model)
     assert model[0].largest.numel() == 0
     model(images)
-    assert model[0].seen == 1  # a pass does count
+    assert model[0].seen == 1  # a plain forward pass does write
 
 
-def test_mode_is_set_without_calling_train(images: Tensor) -> None:
+def test_attention_maps_set_modes_without_calling_train(images: Tensor) -> None:
     class Frozen(Net):
         def train(self, mode: bool = True) -> "Frozen":
-            raise RuntimeError("this network stays as it is")
+            raise RuntimeError("modes must be set one by one")
 
     attention_maps(Frozen(), images)
 
 
-def test_attached_layers_go_by_the_paths_of_plan(images: Tensor) -> None:
+def test_attention_maps_use_the_paths_of_plan(images: Tensor) -> None:
     models = pytest.importorskip("torchvision.models", reason="a real network")
     model = models.resnet18()
     planned = simam.plan(model)
@@ -180,12 +184,12 @@ def test_attached_layers_go_by_the_paths_of_plan(images: Tensor) -> None:
     assert maps["layer4.1.conv2"].shape == (1, 512, 2, 2)
 
 
-def test_paths(images: Tensor) -> None:
+def test_attention_maps_name_the_path_of_every_layer(images: Tensor) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 3, 3)
-            self.simam = simam.SimAM()  # the network's own, though called as attach calls them
+            self.simam = simam.SimAM()  # the network's own, under the name that attach uses
 
         def forward(self, x: Tensor) -> Tensor:
             return self.simam(x=self.conv(x))
@@ -195,7 +199,7 @@ def test_paths(images: Tensor) -> None:
     assert list(attention_maps(simam.SimAM(), images)) == [""]
 
 
-def test_a_layer_that_is_called_again(images: Tensor) -> None:
+def test_attention_maps_number_repeated_calls(images: Tensor) -> None:
     layer = simam.SimAM(e_lambda=0.1)
     model = nn.Sequential(layer, nn.AvgPool2d(2), layer, nn.MaxPool2d(2), nn.Sequential(layer))
     maps = attention_maps(model, images)
@@ -204,7 +208,7 @@ def test_a_layer_that_is_called_again(images: Tensor) -> None:
     third = nnf.max_pool2d(second * gate(second, 0.1), 2)
     assert list(maps) == ["0", "0#2", "0#3"]
     for found, x in zip(maps.values(), (images, second, third), strict=True):
-        assert_close(found, gate(x, 0.1), absolute=1e-6)  # x is rounded at each step
+        assert_close(found, gate(x, 0.1), absolute=1e-6)  # x is rounded after each layer
 
 
 class Unused(nn.Module):
@@ -216,31 +220,31 @@ class Unused(nn.Module):
         return self.used(x) if x.shape[-1] > 4 else x
 
 
-def test_layers_that_are_not_called_are_left_out(images: Tensor) -> None:
+def test_attention_maps_leave_out_layers_that_are_not_called(images: Tensor) -> None:
     assert list(attention_maps(Unused(), images)) == ["used"]
 
 
-def test_no_layer_is_called() -> None:
-    told = "the forward pass of this Unused called none of its SimAM layers: used, unused"
-    with pytest.raises(ValueError, match=f"^{told}$"):
+def test_attention_maps_refuse_a_pass_that_calls_no_layer() -> None:
+    message = "the forward pass of this Unused called none of its SimAM layers: used, unused"
+    with pytest.raises(ValueError, match=f"^{message}$"):
         attention_maps(Unused(), torch.ones(1, 1, 4, 4))
 
 
-def test_a_model_without_simam(images: Tensor) -> None:
-    told = (
-        "this Conv2d has no SimAM layer: put SimAM in with simam.attach(model). "
-        "Of a scripted, traced or exported model, give the original"
+def test_attention_maps_refuse_a_model_without_simam(images: Tensor) -> None:
+    message = (
+        "this Conv2d has no SimAM layer: insert SimAM with simam.attach(model). "
+        "For a scripted, traced or exported model, pass the original model"
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         attention_maps(nn.Conv2d(3, 3, 3), images)
 
 
-def test_no_module(images: Tensor) -> None:
+def test_attention_maps_refuse_a_model_that_is_no_module(images: Tensor) -> None:
     with pytest.raises(TypeError, match=r"^expected an nn\.Module, got function$"):
         attention_maps(gate, images)  # type: ignore[arg-type]
 
 
-def test_a_hook_of_the_user_counts(images: Tensor) -> None:
+def test_attention_maps_respect_hooks_of_the_user(images: Tensor) -> None:
     layer = simam.SimAM(e_lambda=0.1)
     layer.register_forward_pre_hook(lambda layer, args: (args[0] ** 2,))
     (found,) = attention_maps(layer, images).values()
@@ -265,14 +269,14 @@ def compiled_in_place(net: nn.Module) -> nn.Module:
     [parallel, compiled, compiled_in_place, lambda net: parallel(compiled(net))],
     ids=["parallel", "compiled", "compiled in place", "both"],
 )
-def test_wrapped_models(wrap: Any, net: Net, images: Tensor) -> None:
+def test_attention_maps_look_inside_wrapped_models(wrap: Any, net: Net, images: Tensor) -> None:
     expected = attention_maps(net.eval(), images)
     model = wrap(net)
-    model(images)  # compiled now, and a compiled graph ignores hooks that come after it
+    model(images)  # compiles; the compiled graph would ignore hooks that are added later
     torch.testing.assert_close(attention_maps(model, images), expected, rtol=0, atol=0)
 
 
-def test_nothing_is_compiled(net: Net, images: Tensor) -> None:
+def test_attention_maps_compile_nothing(net: Net, images: Tensor) -> None:
     graphs = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -288,7 +292,7 @@ def test_nothing_is_compiled(net: Net, images: Tensor) -> None:
     assert len(graphs) == compiled_before
 
 
-def test_a_part_that_is_compiled(net: Net, images: Tensor) -> None:
+def test_attention_maps_look_inside_compiled_submodules(net: Net, images: Tensor) -> None:
     expected = attention_maps(net, images)
     inside = compiled(net.eval())
     inside(images)
@@ -299,21 +303,21 @@ def test_a_part_that_is_compiled(net: Net, images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_dtypes(dtype: torch.dtype, images: Tensor) -> None:
+def test_attention_maps_keep_the_dtype(dtype: torch.dtype, images: Tensor) -> None:
     x = images.to(dtype)
     (found,) = attention_maps(simam.SimAM(e_lambda=0.1), x).values()
     assert found.dtype == dtype
     assert_close(found, gate(x, 0.1))
 
 
-def test_layout_is_kept(images: Tensor) -> None:
+def test_attention_maps_keep_channels_last(images: Tensor) -> None:
     x = images.to(memory_format=torch.channels_last)
     (found,) = attention_maps(simam.SimAM(), x).values()
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert_close(found, gate(images, 1e-4))
 
 
-def test_whatever_the_model_takes_is_passed_on(images: Tensor) -> None:
+def test_attention_maps_pass_lists_of_images_on(images: Tensor) -> None:
     class TakesList(Net):
         def forward(self, x: list[Tensor]) -> Tensor:  # type: ignore[override]
             return super().forward(torch.stack(x))

@@ -1,8 +1,9 @@
-"""Batch-norm statistics after recalibrate, against averages taken layer by layer by hand."""
+"""Batch-norm statistics after recalibrate, against averages computed by hand, layer by layer."""
 
 import copy
 import importlib
 import io
+import multiprocessing
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ E_LAMBDA = 0.1
 
 
 def tensors(*sizes: int, seed: int = 1) -> list[Tensor]:
-    """Batches of these sizes, each of another mean and spread."""
+    """Batches of the given sizes, each with a different mean and spread."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(size, 3, 6, 6) for size in sizes]
     return [
@@ -48,7 +49,7 @@ def network(*, dropout: float = 0.0) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(20, 2),
     ).double()
-    for norm in (layers[1], layers[5]):  # neither fresh statistics nor a neutral affine map
+    for norm in (layers[1], layers[5]):  # neither initial statistics nor an affine identity
         for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
             nn.init.uniform_(tensor, 0.5, 2.0)
     return attach(layers, where="[04]", e_lambda=E_LAMBDA)
@@ -58,8 +59,8 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items() if "running" in key}
 
 
-def measured(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch's mean and unbiased variance by channel, and the batch normalised."""
+def normalise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean and unbiased variance of each channel of a batch, and the normalised batch."""
     means, variances, maps = [], [], []
     for channel in x.unbind(1):
         mean = channel.sum() / channel.numel()
@@ -71,42 +72,42 @@ def measured(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def expected_statistics(batches: list[Tensor]) -> dict[str, Tensor]:
-    """What `network` must hold: every batch weighs the same, whatever its size."""
+    """The expected statistics of `network`: every batch has the same weight, whatever its size."""
     net = network()
     gates = {i: ByHand(nn.Identity(), E_LAMBDA) for i in (0, 4)}
-    found: dict[str, list[Tensor]] = {key: [] for key in statistics(net)}
+    per_batch: dict[str, list[Tensor]] = {key: [] for key in statistics(net)}
     for x in batches:
         x = gates[0](nnf.conv2d(x, net[0].weight, net[0].bias))
-        mean, variance, x = measured(x)
-        found["1.running_mean"].append(mean)
-        found["1.running_var"].append(variance)
+        mean, variance, x = normalise(x)
+        per_batch["1.running_mean"].append(mean)
+        per_batch["1.running_var"].append(variance)
         x = (x * net[1].weight[:, None, None] + net[1].bias[:, None, None]).clamp(min=0)
-        mean, variance, _ = measured(gates[4](nnf.conv2d(x, net[4].weight)))
-        found["5.running_mean"].append(mean)
-        found["5.running_var"].append(variance)
-    return {key: (sum(values) / len(batches)).detach() for key, values in found.items()}
+        mean, variance, _ = normalise(gates[4](nnf.conv2d(x, net[4].weight)))
+        per_batch["5.running_mean"].append(mean)
+        per_batch["5.running_var"].append(variance)
+    return {key: (sum(values) / len(batches)).detach() for key, values in per_batch.items()}
 
 
 def assert_recalibrated(model: nn.Module, batches: list[Tensor]) -> None:
-    # Float64; the layer's own rounding and that of a sum over a few hundred values.
+    # Float64: the rounding of the layer, and of a sum over a few hundred values.
     torch.testing.assert_close(
         statistics(model), expected_statistics(batches), rtol=1e-11, atol=1e-11
     )
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_statistics_are_the_average_over_batches(training: bool) -> None:
-    batches = tensors(4, 4, 1)  # the last one is smaller, and counts the same
+def test_recalibrate_averages_statistics_over_batches(training: bool) -> None:
+    batches = tensors(4, 4, 1)  # the last one is smaller and has the same weight
     model = network(dropout=0.5).train(training)
     random_state = torch.get_rng_state()
     assert recalibrate(model, batches) is model
     assert_recalibrated(model, batches)
-    assert torch.equal(torch.get_rng_state(), random_state)  # nothing was dropped
+    assert torch.equal(torch.get_rng_state(), random_state)  # dropout drew nothing
     assert torch.is_grad_enabled()
     assert [norm.num_batches_tracked.item() for norm in (model[1], model[5])] == [3, 3]
 
 
-def test_is_what_update_bn_does_without_dropout() -> None:
+def test_recalibrate_matches_update_bn_without_dropout() -> None:
     expected = network()
     update_bn(tensors(4, 3), expected)
     torch.testing.assert_close(
@@ -114,7 +115,7 @@ def test_is_what_update_bn_does_without_dropout() -> None:
     )
 
 
-def test_parameters_stay_and_no_graph_is_kept() -> None:
+def test_recalibrate_changes_no_parameter_and_keeps_no_graph() -> None:
     model = network()
     before = {name: p.clone() for name, p in model.named_parameters()}
     graphs = []
@@ -128,7 +129,7 @@ def test_parameters_stay_and_no_graph_is_kept() -> None:
     assert not any(buffer.requires_grad for buffer in model.buffers())
 
 
-def test_stochastic_depth_is_off() -> None:
+def test_recalibrate_turns_stochastic_depth_off() -> None:
     ops = pytest.importorskip("torchvision.ops")
     timm_layers = pytest.importorskip("timm.layers")
     expected = statistics(recalibrate(network(), tensors(4, 4)))
@@ -141,17 +142,17 @@ def test_stochastic_depth_is_off() -> None:
 
 
 class Stateful(nn.Module):
-    """A layer that train() changes, as those do that freeze a part of themselves."""
+    """A layer whose train() must not be called, since it may do more than set the mode."""
 
     def train(self, mode: bool = True) -> nn.Module:
-        raise AssertionError("modes must be restored one by one")
+        raise AssertionError("modes must be set one by one")
 
     def forward(self, x: Tensor) -> Tensor:
         assert not self.training
         return x
 
 
-def test_modes_and_momenta_are_restored() -> None:
+def test_recalibrate_restores_modes_and_momenta() -> None:
     model = network()
     model[3] = Stateful()
     untracked = nn.BatchNorm2d(3, track_running_stats=False, momentum=0.7).double().eval()
@@ -175,12 +176,12 @@ def raising(error: BaseException) -> Iterator[Tensor]:
 
 
 def without_versions(model: nn.Module) -> str:
-    """All that a model holds; values are compared apart, for writing back makes a new version."""
+    """The content of a model without tensor versions, which restoring the values increases."""
     return re.sub(r"\((\d+), \d+, (True|False)\)", r"\1", str(snapshot(model)))
 
 
 @pytest.mark.parametrize("error", [OSError("unreadable"), KeyboardInterrupt()])
-def test_nothing_changes_when_the_loader_raises(error: BaseException) -> None:
+def test_recalibrate_changes_nothing_if_the_loader_raises(error: BaseException) -> None:
     model = network(dropout=0.5).train()
     model.insert(0, nn.BatchNorm2d(3, track_running_stats=False, momentum=0.7).double())
     model[2].eval()
@@ -192,7 +193,7 @@ def test_nothing_changes_when_the_loader_raises(error: BaseException) -> None:
     torch.testing.assert_close(model.state_dict(), values, rtol=0, atol=0)
 
 
-def test_nothing_changes_when_the_network_raises() -> None:
+def test_recalibrate_changes_nothing_if_the_network_raises() -> None:
     model = network().train()
     held, values = without_versions(model), copy.deepcopy(model.state_dict())
     wrong = torch.ones(2, 7, 6, 6, dtype=torch.float64)
@@ -217,24 +218,24 @@ def labels(x: Tensor) -> Tensor:
     ],
     ids=["tensor", "tuple", "list", "dict", "channels_last"],
 )
-def test_batches_of_every_form(form: Callable[[Tensor], object]) -> None:
+def test_recalibrate_accepts_batches_of_every_form(form: Callable[[Tensor], object]) -> None:
     batches = tensors(4, 2)
     assert_recalibrated(recalibrate(network(), [form(x) for x in batches]), batches)
 
 
-def test_data_loader_of_pairs() -> None:
+def test_recalibrate_accepts_a_data_loader_of_pairs() -> None:
     images = torch.cat(tensors(4, 3))
     loader = DataLoader(TensorDataset(images, labels(images)), batch_size=2)
     assert_recalibrated(recalibrate(network(), loader), list(images.split(2)))
 
 
-def test_network_in_channels_last() -> None:
+def test_recalibrate_keeps_channels_last() -> None:
     model = network().to(memory_format=torch.channels_last)
     assert_recalibrated(recalibrate(model, tensors(4, 2)), tensors(4, 2))
     assert model[4].weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_one_shot_iterator_gives_no_more_than_asked() -> None:
+def test_recalibrate_takes_max_batches_from_an_iterator() -> None:
     batches = iter(tensors(2, 2, 2, 2))
     model = recalibrate(network(), batches, max_batches=3)
     assert_recalibrated(model, tensors(2, 2, 2, 2)[:3])
@@ -242,7 +243,7 @@ def test_one_shot_iterator_gives_no_more_than_asked() -> None:
     assert_recalibrated(recalibrate(model, tensors(2), max_batches=9), tensors(2))
 
 
-def test_batches_go_where_the_network_is_or_where_told(device: torch.device) -> None:
+def test_recalibrate_moves_batches_to_the_device(device: torch.device) -> None:
     model = recalibrate(network().to(device), tensors(4, 2))
     assert_recalibrated(model.cpu(), tensors(4, 2))
 
@@ -254,7 +255,7 @@ def test_batches_go_where_the_network_is_or_where_told(device: torch.device) -> 
 
 
 class Branches(nn.Module):
-    """One batch norm runs in every pass, one twice, one never."""
+    """In a forward pass, one batch norm is called once, one twice, one never."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,26 +266,26 @@ class Branches(nn.Module):
         return self.once(self.twice(x) + self.twice(x + 2))
 
 
-def test_batch_norm_that_is_not_reached_keeps_its_statistics() -> None:
+def test_recalibrate_leaves_batch_norms_that_are_not_called() -> None:
     model = recalibrate(Branches(), tensors(4))
     torch.testing.assert_close(model.never.running_mean, torch.full_like(model.never.bias, 7.0))
-    mean, variance, _ = measured(tensors(4)[0])
+    mean, variance, _ = normalise(tensors(4)[0])
     torch.testing.assert_close(model.twice.running_mean, mean + 1)
     torch.testing.assert_close(model.twice.running_var, variance)
 
 
-def test_batch_norm_that_was_told_to_stop_tracking_is_used_as_it_is() -> None:
+def test_recalibrate_leaves_batch_norms_that_stopped_tracking() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)).double().train()
     nn.init.constant_(model[0].running_mean, 7.0)
     model[0].track_running_stats = False
     recalibrate(model, tensors(4))
-    mean, _, _ = measured((tensors(4)[0] - 7) / (1 + 1e-5) ** 0.5)
+    mean, _, _ = normalise((tensors(4)[0] - 7) / (1 + 1e-5) ** 0.5)
     torch.testing.assert_close(model[1].running_mean, mean)
     torch.testing.assert_close(model[0].running_mean, torch.full_like(mean, 7.0))
 
 
 @pytest.mark.parametrize("kind", [nn.SyncBatchNorm, "BatchNormAct2d"])
-def test_kinds_of_batch_norm(kind: type[nn.Module] | str) -> None:
+def test_recalibrate_accepts_batch_norm_subclasses(kind: type[nn.Module] | str) -> None:
     if isinstance(kind, str):
         kind = getattr(pytest.importorskip("timm.layers"), kind)
     model = nn.Sequential(kind(3)).double()
@@ -292,28 +293,28 @@ def test_kinds_of_batch_norm(kind: type[nn.Module] | str) -> None:
         model[0].drop = nn.Dropout(0.5)
     model.append(nn.BatchNorm2d(3).double())
     recalibrate(model.train(), tensors(4))
-    mean, variance, normalised = measured(tensors(4)[0])
+    mean, variance, normalised = normalise(tensors(4)[0])
     torch.testing.assert_close(model[0].running_mean, mean)
     torch.testing.assert_close(model[0].running_var, variance)
     act = torch.relu if hasattr(model[0], "act") else torch.clone
-    mean, variance, _ = measured(act(normalised))
+    mean, variance, _ = normalise(act(normalised))
     torch.testing.assert_close(model[1].running_mean, mean)
 
 
-def test_frozen_batch_norms_can_be_thawed_for_it() -> None:
+def test_recalibrate_works_on_unfrozen_batch_norms() -> None:
     layers = pytest.importorskip("timm.layers")
     frozen = layers.freeze_batch_norm_2d(network())
     with pytest.raises(ValueError, match=r"got FrozenBatchNorm2d.*unfreeze_batch_norm_2d$"):
         recalibrate(frozen, tensors(4))
-    thawed = recalibrate(layers.unfreeze_batch_norm_2d(frozen), tensors(4))
-    found = layers.freeze_batch_norm_2d(thawed).state_dict()
+    unfrozen = recalibrate(layers.unfreeze_batch_norm_2d(frozen), tensors(4))
+    found = layers.freeze_batch_norm_2d(unfrozen).state_dict()
     for key, value in expected_statistics(tensors(4)).items():
         torch.testing.assert_close(found[key], value)
 
 
 NOT_APPLICABLE = (
     r"^recalibrate does not apply: expected batch norms with running statistics, got {}\. Layer, "
-    r"group and instance norms measure every input anew, so a model with them needs fine-tuning "
+    r"group and instance norms compute statistics from each input and keep none: fine-tune a model "
 )
 
 
@@ -325,57 +326,58 @@ NOT_APPLICABLE = (
         (nn.BatchNorm2d(3, track_running_stats=False), "BatchNorm2d"),
     ],
 )
-def test_model_without_running_statistics(model: nn.Module, got: str) -> None:
+def test_recalibrate_refuses_models_without_running_statistics(model: nn.Module, got: str) -> None:
     with pytest.raises(ValueError, match=NOT_APPLICABLE.format(got)):
         recalibrate(model, tensors(2))
 
 
-def test_lazy_model() -> None:
+def test_recalibrate_refuses_lazy_models() -> None:
     model = nn.Sequential(nn.LazyConv2d(3, 1), nn.BatchNorm2d(3))
     with pytest.raises(
-        ValueError, match=r"^the model is lazy and not yet initialised, at 0\.weight; run it once"
+        ValueError,
+        match=r"^the model is lazy and not yet initialised, at 0\.weight; run the model once",
     ):
         recalibrate(model, tensors(2))
     with pytest.raises(ValueError, match=r"initialised, at running_mean;"):
         recalibrate(nn.LazyBatchNorm2d(affine=False), tensors(2))
 
 
-def test_not_a_model() -> None:
+def test_recalibrate_refuses_a_model_that_is_no_module() -> None:
     with pytest.raises(TypeError, match=r"^expected an nn\.Module, got list$"):
         recalibrate([network()], tensors(2))
 
 
-@pytest.mark.parametrize("used_up", [True, False])
-def test_empty_loader(used_up: bool) -> None:
+@pytest.mark.parametrize("exhausted", [True, False])
+def test_recalibrate_refuses_empty_loaders(exhausted: bool) -> None:
     model = network()
-    loader = iter(tensors(2)) if used_up else []
-    if used_up:
+    loader = iter(tensors(2)) if exhausted else []
+    if exhausted:
         list(loader)
     before = statistics(model)
     with pytest.raises(
         ValueError,
         match=r"^expected at least one batch that reaches a batch norm, got none: is the loader "
-        r"empty, or an iterator that has been used up\?$",
+        r"empty, or an exhausted iterator\?$",
     ):
         recalibrate(model, loader)
     torch.testing.assert_close(statistics(model), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("count", [0, -1, 2.5])
-def test_max_batches_that_counts_nothing(count: float) -> None:
+def test_recalibrate_refuses_invalid_max_batches(count: float) -> None:
     with pytest.raises(
         ValueError,
-        match=rf"^max_batches must be an integer from 1, or None for all batches, got {count}$",
+        match=rf"^max_batches must be a positive integer, or None for all batches, got {count}$",
     ):
         recalibrate(network(), tensors(2), max_batches=count)
 
 
 @pytest.mark.parametrize(("loader", "got"), [(torch.ones(2, 3, 6, 6), "Tensor"), (3, "int")])
-def test_loader_that_is_none(loader: object, got: str) -> None:
+def test_recalibrate_refuses_invalid_loaders(loader: object, got: str) -> None:
     with pytest.raises(
         TypeError,
         match=rf"^loader must be an iterable of batches, got {got}; for one tensor of images "
-        r"write images\.split\(32\)$",
+        r"pass images\.split\(32\)$",
     ):
         recalibrate(network(), loader)
 
@@ -390,11 +392,12 @@ def test_loader_that_is_none(loader: object, got: str) -> None:
         ({"labels": torch.ones(2)}, "dict of labels"),
     ],
 )
-def test_batch_without_one_tensor_of_images(batch: object, got: str) -> None:
+def test_recalibrate_refuses_batches_without_one_tensor_of_images(batch: object, got: str) -> None:
     model = network()
     before = statistics(model)
     with pytest.raises(
-        TypeError, match=rf"^every batch must be a tensor of images, .* got a {got}; pick them"
+        TypeError,
+        match=rf"^every batch must be a tensor of images, .* got a {got}; select the images",
     ):
         recalibrate(model, [*tensors(2), batch])
     torch.testing.assert_close(statistics(model), before, rtol=0, atol=0)
@@ -405,7 +408,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_shows_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recalibrate_shows_progress_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm")
     for stream in (io.StringIO(), Terminal()):
         monkeypatch.setattr(sys, "stderr", stream)
@@ -415,7 +418,7 @@ def test_progress_shows_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> N
         assert bool(shown) == stream.isatty()
 
 
-def test_tqdm_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recalibrate_works_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert_recalibrated(recalibrate(network(), tensors(2)), tensors(2))
 
@@ -441,18 +444,18 @@ def attempt(model: nn.Module, loader: object) -> str:
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    patience = timedelta(seconds=30)  # in case one process waits for the other
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
+    timeout = timedelta(seconds=30)  # in case one process waits for the other
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timeout)
     try:
         model = DistributedDataParallel(network())
-        # First, for the first forward of the wrapper waits for all processes.
+        # First, since the first forward of the wrapper waits for all processes.
         unequal = statistics(recalibrate(model, shard(0) if rank == 0 else []).module)
         failed = attempt(model, shard(0) if rank == 0 else raising(OSError("unreadable")))
         empty = attempt(model, [])
         together = statistics(recalibrate(model, shard(rank)).module)
         plain = plain_and_attached()[0]
         referred = statistics(recalibrate(model, shard(rank), reference=plain).module)
-        # Not wrapped, it is no affair of the other process, which may not even call it.
+        # A model that is not wrapped needs no call in the other process.
         alone = statistics(recalibrate(network(), shard(0))) if rank == 0 else {}
         found = {"failed": failed, "empty": empty}
         found |= {"referred": referred, "together": together, "unequal": unequal, "alone": alone}
@@ -462,8 +465,12 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
-def test_two_processes_find_the_average_over_all_batches(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, args=(str(tmp_path),), nprocs=2)
+def test_recalibrate_averages_over_the_batches_of_all_processes(tmp_path: Path) -> None:
+    # The processes fork from one that has imported torch and, for the wrapper, torch._dynamo.
+    multiprocessing.set_forkserver_preload(["torch._dynamo"])
+    torch.multiprocessing.start_processes(
+        work, args=(str(tmp_path),), nprocs=2, start_method="forkserver"
+    )
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     expected = expected_statistics(shard(0) + shard(1))
     first = expected_statistics(shard(0))
@@ -479,11 +486,11 @@ def test_two_processes_find_the_average_over_all_batches(tmp_path: Path) -> None
     assert results[1]["failed"] == "OSError: unreadable"
     assert results[0]["failed"] == (
         "RuntimeError: recalibrate failed in another process, which raises the cause; the "
-        "statistics are unchanged in all of them"
+        "statistics are unchanged in all processes"
     )
 
 
-def test_brings_a_real_network_closer_to_what_it_was() -> None:
+def test_recalibrate_recovers_outputs_of_a_real_network() -> None:
     real = importlib.import_module("tests.networks.test_real_weights")  # or skips
     model = real.timm.create_model("tf_efficientnet_lite0").eval()
     model.load_state_dict(real.to_timm(real.read_weights()))
@@ -503,56 +510,55 @@ def plain_and_attached() -> tuple[nn.Sequential, nn.Sequential]:
     return detach(copy.deepcopy(attached)), attached
 
 
-def test_reference_keeps_its_statistics_but_for_what_simam_changes() -> None:
+def test_recalibrate_with_reference_corrects_statistics_from_training() -> None:
     plain, attached = plain_and_attached()
     trained, batches = statistics(plain), tensors(6, 4, 5)
-    here = statistics(recalibrate(copy.deepcopy(plain), batches))
-    there = statistics(recalibrate(copy.deepcopy(attached), batches))
+    measured_plain = statistics(recalibrate(copy.deepcopy(plain), batches))
+    measured = statistics(recalibrate(copy.deepcopy(attached), batches))
     modes = {name: module.training for name, module in plain.named_modules()}
     found = statistics(recalibrate(attached, batches, reference=plain))
     for key, value in trained.items():
         if key.endswith("mean"):
-            expected = value + there[key] - here[key]
+            expected = value + measured[key] - measured_plain[key]
         else:
-            expected = (value + 1e-5) * (there[key] + 1e-5) / (here[key] + 1e-5) - 1e-5
-        assert not torch.allclose(found[key], there[key], rtol=1e-3)
+            ratio = (measured[key] + 1e-5) / (measured_plain[key] + 1e-5)
+            expected = (value + 1e-5) * ratio - 1e-5
+        assert not torch.allclose(found[key], measured[key], rtol=1e-3)
         torch.testing.assert_close(found[key], expected, rtol=1e-11, atol=1e-11)
     assert all(torch.equal(value, trained[key]) for key, value in statistics(plain).items())
     assert {name: module.training for name, module in plain.named_modules()} == modes
-    # Again it finds the same: the reference, not the model, holds the statistics of training.
+    # Repeating it changes nothing: the reference, not the model, holds the trained statistics.
     again = statistics(recalibrate(attached, batches, reference=plain))
     torch.testing.assert_close(again, found, rtol=0, atol=0)
 
 
-def test_reference_of_the_same_network_changes_nothing() -> None:
+def test_recalibrate_with_itself_as_reference_changes_nothing() -> None:
     plain, _ = plain_and_attached()
     found = statistics(recalibrate(copy.deepcopy(plain), tensors(6, 4), reference=plain))
     torch.testing.assert_close(found, statistics(plain), rtol=1e-11, atol=1e-11)
 
 
-def test_reference_of_another_network() -> None:
+def test_recalibrate_refuses_a_reference_with_other_batch_norms() -> None:
     plain, attached = plain_and_attached()
-    told = re.escape(
+    message = re.escape(
         "reference must be the same network without SimAM, on the same device and not wrapped; its "
         "batch norms differ at 5"
     )
     for other in (nn.BatchNorm2d(6), nn.BatchNorm2d(5, device="meta")):
         plain[5] = other
-        with pytest.raises(ValueError, match=f"^{told}$"):
+        with pytest.raises(ValueError, match=f"^{message}$"):
             recalibrate(attached, tensors(4), reference=plain)
     with pytest.raises(TypeError, match=r"Module"):
         recalibrate(attached, tensors(4), reference="plain")
 
 
-def test_reference_needs_a_loader_that_can_be_used_twice() -> None:
+def test_recalibrate_with_reference_refuses_an_iterator() -> None:
     plain, attached = plain_and_attached()
-    with pytest.raises(
-        ValueError, match=r"^reference= goes through the loader twice, .*DataLoader$"
-    ):
+    with pytest.raises(ValueError, match=r"^reference= iterates the loader twice, .*DataLoader$"):
         recalibrate(attached, iter(tensors(4)), reference=plain)
 
 
-def test_nothing_changes_when_the_reference_raises() -> None:
+def test_recalibrate_changes_nothing_if_the_reference_raises() -> None:
     plain, attached = plain_and_attached()
     plain[7] = nn.Linear(3, 2).double()
     before = statistics(attached)

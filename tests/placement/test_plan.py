@@ -38,7 +38,7 @@ EVERY = ["0", "1.conv1", "1.conv2", "2.a.conv1", "2.a.conv2", "2.b"]
         (lambda path, module: path.endswith("conv2"), ["1.conv2", "2.a.conv2"]),
     ],
 )
-def test_where_takes_the_place_of_the_analysis(
+def test_plan_where_replaces_the_analysis(
     net: nn.Module, where: object, expected: list[str]
 ) -> None:
     found = plan(net, where=where)
@@ -49,11 +49,11 @@ def test_where_takes_the_place_of_the_analysis(
 @pytest.mark.parametrize(
     "exclude", ["2.*", ["2.a.conv2"], lambda path, module: path.startswith("2")]
 )
-def test_exclude_narrows_the_analysis(net: nn.Module, exclude: object) -> None:
+def test_plan_exclude_narrows_the_analysis(net: nn.Module, exclude: object) -> None:
     assert [i.path for i in plan(net, exclude=exclude)] == ["1.conv2"]
 
 
-def test_exclude_narrows_where(net: nn.Module) -> None:
+def test_plan_exclude_narrows_where(net: nn.Module) -> None:
     found = plan(net, where="1.*", exclude="*2")
     assert [i.path for i in found] == ["1.conv1"]
 
@@ -73,11 +73,11 @@ def nothing(path: str, module: nn.Module) -> bool:
         ({"where": ["0", "9"]}, "where='9' matches none of the model's convolutions"),
         ({"where": "1"}, "where='1' matches none of the model's convolutions"),
         ({"where": []}, "where=[] selects none of the model's convolutions"),
-        ({"exclude": "0"}, "exclude='0' matches none of the planned places"),
-        ({"exclude": "*"}, "exclude='*' leaves out every place; nothing to attach"),
+        ({"exclude": "0"}, "exclude='0' matches none of the planned insertions"),
+        ({"exclude": "*"}, "exclude='*' leaves out every insertion; nothing to attach"),
     ],
 )
-def test_a_selection_of_nothing_is_refused(
+def test_plan_refuses_a_selection_of_nothing(
     net: nn.Module, selection: dict[str, object], message: str
 ) -> None:
     for verb in (plan, attach):
@@ -87,9 +87,9 @@ def test_a_selection_of_nothing_is_refused(
 
 @pytest.mark.parametrize(
     ("argument", "candidates"),
-    [("where", "the model's convolutions"), ("exclude", "the planned places")],
+    [("where", "the model's convolutions"), ("exclude", "the planned insertions")],
 )
-def test_a_predicate_that_selects_nothing_is_refused(
+def test_plan_refuses_a_predicate_that_selects_nothing(
     net: nn.Module, argument: str, candidates: str
 ) -> None:
     message = f"{argument}={nothing!r} selects none of {candidates}"
@@ -100,7 +100,7 @@ def test_a_predicate_that_selects_nothing_is_refused(
 
 @pytest.mark.parametrize("argument", ["where", "exclude"])
 @pytest.mark.parametrize("selector", [[0], ["0", nn.Conv2d], 3, nn.Conv2d(1, 1, 1)])
-def test_a_selector_of_another_form_is_refused(
+def test_plan_refuses_a_selector_of_another_type(
     net: nn.Module, argument: str, selector: object
 ) -> None:
     message = (
@@ -110,12 +110,12 @@ def test_a_selector_of_another_form_is_refused(
         plan(net, **{argument: selector})
 
 
-def test_an_error_of_the_predicate_is_the_users(net: nn.Module) -> None:
+def test_plan_raises_the_error_of_a_predicate(net: nn.Module) -> None:
     with pytest.raises(AttributeError, match="no attribute 'kernel'"):
         attach(net, where=lambda path, module: module.kernel == (3, 3))
 
 
-def test_refuses_what_is_no_model() -> None:
+def test_plan_refuses_other_objects_than_modules() -> None:
     with pytest.raises(TypeError, match=r"^expected an nn\.Module, got str$"):
         plan("resnet18")
     message = "a TorchScript module cannot be changed; plan and attach before scripting"
@@ -123,7 +123,7 @@ def test_refuses_what_is_no_model() -> None:
         plan(torch.jit.script(conv()))
 
 
-def test_refuses_a_model_without_residual_blocks() -> None:
+def test_plan_refuses_a_model_without_residual_blocks() -> None:
     plain = nn.Sequential(conv(), nn.ReLU(), conv())
     message = (
         "found no place for SimAM in this Sequential: no residual block whose branch holds a "
@@ -136,7 +136,7 @@ def test_refuses_a_model_without_residual_blocks() -> None:
     assert not any(isinstance(module, SimAM) for module in plain.modules())
 
 
-def test_a_block_that_could_not_be_analysed_is_reported() -> None:
+def test_plan_reports_a_block_that_could_not_be_analysed() -> None:
     found = plan(nn.Sequential(basic(), untraceable()))
     (unanalysed,) = found.unanalysed
     assert unanalysed.block == "1"
@@ -145,14 +145,14 @@ def test_a_block_that_could_not_be_analysed_is_reported() -> None:
     assert str(found).endswith(f"\n\nNot analysed, so without SimAM:\n  1  {unanalysed.reason}")
 
 
-def test_the_refusal_names_the_first_blocks_that_could_not_be_analysed() -> None:
+def test_plan_refusal_names_the_first_unanalysed_blocks() -> None:
     reason = r"\(untraceable, TypeError: [^()]*\([^()]*\)[^()]*\)"
-    message = rf"Could not analyse 0 {reason}, 1 {reason}, 2 {reason}, 2 more\.$"
+    message = rf"Could not analyse 0 {reason}, 1 {reason}, 2 {reason}, and 2 more\.$"
     with pytest.raises(ValueError, match=message):
         plan(nn.Sequential(*(untraceable() for _ in range(5))))
 
 
-def test_a_block_that_cannot_be_copied_is_reported() -> None:
+def test_plan_reports_a_block_that_cannot_be_copied() -> None:
     net = nn.Sequential(basic(), basic())
     net[0].lock = threading.Lock()
     found = plan(net)
@@ -160,16 +160,16 @@ def test_a_block_that_cannot_be_copied_is_reported() -> None:
     assert [u.block for u in found.unanalysed] == ["0"]
 
 
-def test_exclude_accepts_a_block_that_could_not_be_analysed() -> None:
+def test_plan_exclude_accepts_an_unanalysed_block() -> None:
     net = nn.Sequential(basic(), untraceable(), basic())
     found = plan(net, exclude="1")
     assert [i.path for i in found] == ["0.conv2", "2.conv2"]
     assert found.unanalysed == ()
-    with pytest.raises(ValueError, match=r"^exclude='3' matches none of the planned places"):
+    with pytest.raises(ValueError, match=r"^exclude='3' matches none of the planned insertions"):
         plan(net, exclude="3")
 
 
-def test_the_plan_is_a_list_that_prints_as_a_table() -> None:
+def test_plan_is_a_list_that_prints_as_a_table() -> None:
     found = plan(nn.Sequential(basic(), basic(conv2=conv(5))))
     reason = "last spatial convolution of the residual branch of basic"
     assert isinstance(found, Plan)
@@ -178,20 +178,20 @@ def test_the_plan_is_a_list_that_prints_as_a_table() -> None:
         Insertion("1.conv2", "1", "Conv2d 5x5", reason),
     ]
     assert str(found).splitlines() == [
-        "convolution              block  reason",
+        "path     host        block  reason",
         f"0.conv2      Conv2d 3x3  0      {reason}",
         f"1.conv2      Conv2d 5x5  1      {reason}",
     ]
     assert "\nconv2        Conv2d 3x3  (model)  " in str(plan(basic()))
 
 
-def test_the_order_is_that_of_the_model() -> None:
+def test_plan_keeps_the_order_of_the_model() -> None:
     net = nn.ModuleDict({"z": basic(), "a": nn.Sequential(*(basic() for _ in range(11)))})
     assert points(net) == ["z.conv2", *(f"a.{i}.conv2" for i in range(11))]
 
 
 @pytest.mark.parametrize("options", [{}, {"where": "*.conv1"}, {"exclude": "1.*"}])
-def test_the_plan_of_an_attached_model_is_that_of_the_plain_one(
+def test_plan_of_an_attached_model_equals_plan_of_the_plain_model(
     net: nn.Module, options: dict[str, object]
 ) -> None:
     before = plan(net, **options)
@@ -199,7 +199,7 @@ def test_the_plan_of_an_attached_model_is_that_of_the_plain_one(
     assert str(plan(net, **options)) == str(before)
 
 
-def test_the_model_is_neither_run_nor_changed(net: nn.Module) -> None:
+def test_plan_neither_runs_nor_changes_the_model(net: nn.Module) -> None:
     def called(*args: object) -> None:
         raise AssertionError("a hook of the user was called")
 
@@ -228,12 +228,12 @@ def test_the_model_is_neither_run_nor_changed(net: nn.Module) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_works_on_the_meta_device() -> None:
+def test_plan_works_on_the_meta_device() -> None:
     with torch.device("meta"):
         net = nn.Sequential(basic(), nn.BatchNorm2d(8))
     assert points(net) == ["0.conv2"]
 
 
-def test_sees_through_wrappers() -> None:
+def test_plan_sees_through_wrappers() -> None:
     assert points(nn.DataParallel(nn.Sequential(basic()))) == ["module.0.conv2"]
     assert points(torch.compile(nn.Sequential(basic()))) == ["_orig_mod.0.conv2"]

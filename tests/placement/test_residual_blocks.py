@@ -19,7 +19,7 @@ ACTIVATIONS = [
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
-def test_any_activation_of_torch_is_non_linear(kind: type[nn.Module]) -> None:
+def test_rule_counts_every_torch_activation_as_non_linear(kind: type[nn.Module]) -> None:
     @block
     def activated(self, x):
         return x + self.conv2(self.act(self.conv1(x)))
@@ -45,7 +45,9 @@ class Swish(torch.autograd.Function):
     ],
     ids=["gelu", "Function", "clamp", "swish", "hardswish", "mish"],
 )
-def test_any_activation_by_hand_is_non_linear(function: Callable[[Tensor], Tensor]) -> None:
+def test_rule_counts_a_hand_written_activation_as_non_linear(
+    function: Callable[[Tensor], Tensor],
+) -> None:
     @block
     def activated(self, x):
         return x + self.conv2(function(self.conv1(x)))
@@ -177,13 +179,13 @@ NOT_RESIDUAL = [
 
 
 @pytest.mark.parametrize("kind", NOT_RESIDUAL)
-def test_not_residual(kind: type[Block]) -> None:
+def test_rule_refuses_blocks_that_are_not_residual(kind: type[Block]) -> None:
     parts = {"conv3": conv(groups=8), "norm": nn.BatchNorm2d(8)}
     assert_refused(kind(**parts))
     assert points(nn.ModuleList([kind(**parts), basic()])) == ["1.conv2"]
 
 
-def test_a_convolution_after_the_attention_counts() -> None:
+def test_rule_counts_a_convolution_after_attention() -> None:
     @block
     def mixed(self, x):
         weights = (self.conv1(x).flatten(2).transpose(1, 2) @ x.flatten(2)).softmax(-1)
@@ -205,13 +207,13 @@ class Inverted(nn.Module):
         return self.conv(x)
 
 
-def test_a_block_whose_skip_is_off_counts_with_its_kind() -> None:
+def test_rule_counts_a_block_without_skip_with_its_class() -> None:
     net = nn.Sequential(Inverted(2), Inverted(1), Inverted(2))
     assert points(net) == ["0.conv.2", "1.conv.2", "2.conv.2"]
     assert plan(net)[0].reason == "last spatial convolution of Inverted, whose skip is off here"
 
 
-def test_a_block_of_no_residual_kind_does_not_count() -> None:
+def test_rule_ignores_a_class_that_is_never_residual() -> None:
     @block
     def summed(self, x):
         return self.conv1(x).relu() + self.conv2(x).relu()
@@ -219,7 +221,7 @@ def test_a_block_of_no_residual_kind_does_not_count() -> None:
     assert points(nn.Sequential(summed(), basic(), summed())) == ["1.conv2"]
 
 
-def test_a_container_is_not_of_the_kind_of_its_blocks() -> None:
+def test_rule_does_not_take_a_container_for_its_blocks() -> None:
     @block
     def shifted(self, x):
         return self.body(x) + 1
@@ -259,5 +261,5 @@ def checked(self, x):
 
 
 @pytest.mark.parametrize("kind", [matched, summed_where_it_fits, checked])
-def test_conditions_on_shapes(kind: type[Block]) -> None:
+def test_rule_follows_conditions_on_shapes(kind: type[Block]) -> None:
     assert points(kind()) == ["conv2"]

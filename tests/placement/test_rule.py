@@ -17,21 +17,21 @@ def bottleneck(self, x):
     return x + self.conv3(self.conv2(self.conv1(x).relu()).relu())
 
 
-def test_last_spatial_convolution() -> None:
+def test_rule_selects_the_last_spatial_convolution() -> None:
     wide = bottleneck(conv2=conv(5), conv3=conv(1))
     deep = bottleneck(conv3=conv(3))
     net = nn.Sequential(basic(), bottleneck(conv1=conv(1), conv3=conv(1)), wide, deep)
     assert points(net) == ["0.conv2", "1.conv2", "2.conv2", "3.conv3"]
 
 
-def test_an_insertion_names_the_block() -> None:
+def test_insertion_names_the_block() -> None:
     first, second = plan(nn.Sequential(basic(), bottleneck(conv3=conv(5))))
-    assert (first.block, first.conv) == ("0", "Conv2d 3x3")
-    assert (second.block, second.conv) == ("1", "Conv2d 5x5")
+    assert (first.block, first.host) == ("0", "Conv2d 3x3")
+    assert (second.block, second.host) == ("1", "Conv2d 5x5")
     assert first.reason == "last spatial convolution of the residual branch of basic"
 
 
-def test_the_model_may_be_the_block() -> None:
+def test_rule_accepts_the_model_as_the_block() -> None:
     (insertion,) = plan(basic())
     assert (insertion.path, insertion.block) == ("conv2", "")
 
@@ -132,11 +132,11 @@ def recursive(self, x):
         modulated,
     ],
 )
-def test_spellings_of_the_sum(kind: type[Block]) -> None:
+def test_rule_recognises_every_spelling_of_the_sum(kind: type[Block]) -> None:
     assert points(kind()) == ["conv2"]
 
 
-def test_a_class_without_source() -> None:
+def test_rule_analyses_a_class_without_source() -> None:
     names = {"Block": Block, "__name__": "__main__"}
     exec("class Typed(Block):\n def forward(self, x): return x + self.branch(x)", names)
     assert points(names["Typed"]()) == ["conv2"]
@@ -151,7 +151,7 @@ def test_a_class_without_source() -> None:
     ],
     ids=["projection", "spatial", "pool"],
 )
-def test_convolution_on_the_shortcut_does_not_count(shortcut: nn.Module) -> None:
+def test_rule_ignores_convolutions_on_the_shortcut(shortcut: nn.Module) -> None:
     @block
     def projected(self, x):
         return self.branch(x) + self.shortcut(x)
@@ -159,7 +159,7 @@ def test_convolution_on_the_shortcut_does_not_count(shortcut: nn.Module) -> None
     assert points(projected(shortcut=shortcut)) == ["conv2"]
 
 
-def test_activation_shared_with_the_shortcut() -> None:
+def test_rule_accepts_an_activation_shared_with_the_shortcut() -> None:
     @block
     def pre_activation(self, x):
         out = self.norm(x).relu()
@@ -168,7 +168,7 @@ def test_activation_shared_with_the_shortcut() -> None:
     assert points(pre_activation(norm=nn.BatchNorm2d(8), shortcut=conv(1))) == ["conv2"]
 
 
-def test_groups_of_residual_blocks() -> None:
+def test_rule_handles_groups_of_residual_blocks() -> None:
     @block
     def group(self, x):
         return x + self.end(self.body(x))
@@ -205,7 +205,7 @@ def where_to_look(self, x):
     ],
     ids=["SE", "ECA", "CBAM"],
 )
-def test_gates_are_not_followed(gate: nn.Module) -> None:
+def test_rule_does_not_follow_gates(gate: nn.Module) -> None:
     @block
     def gated(self, x):
         y = self.branch(x)
@@ -214,7 +214,7 @@ def test_gates_are_not_followed(gate: nn.Module) -> None:
     assert points(gated(gate=gate)) == ["conv2"]
 
 
-def test_parallel_convolutions() -> None:
+def test_rule_selects_parallel_convolutions() -> None:
     @block
     def parallel(self, x):
         y = self.conv1(x).relu()
@@ -226,7 +226,7 @@ def test_parallel_convolutions() -> None:
     assert "1 of 3 in parallel" in plan(net)[0].reason
 
 
-def test_paths_weighted_by_a_softmax() -> None:
+def test_rule_follows_paths_weighted_by_a_softmax() -> None:
     @block
     def selective(self, x):
         paths = torch.stack([self.conv1(x).relu(), self.conv2(x).relu()], 1)
@@ -236,7 +236,7 @@ def test_paths_weighted_by_a_softmax() -> None:
     assert points(selective(conv3=conv(1))) == ["conv1", "conv2"]
 
 
-def test_simam_on_parallel_convolutions_is_that_on_their_concatenation() -> None:
+def test_simam_on_parallel_convolutions_equals_simam_on_their_concatenation() -> None:
     @block
     def halves(self, x):
         first, second = x.chunk(2, 1)
@@ -250,12 +250,12 @@ def test_simam_on_parallel_convolutions_is_that_on_their_concatenation() -> None
 
 
 @pytest.mark.parametrize("convolution", [nn.Conv1d, nn.Conv3d])
-def test_signals_and_videos(convolution: type[nn.Module]) -> None:
+def test_rule_handles_signals_and_videos(convolution: type[nn.Module]) -> None:
     net = basic(conv1=convolution(8, 8, 3, padding=1), conv2=convolution(8, 8, 3, padding=1))
     assert points(net) == ["conv2"]
 
 
-def test_a_kernel_may_be_spatial_in_one_dimension_alone() -> None:
+def test_rule_counts_a_kernel_that_is_spatial_in_one_dimension() -> None:
     @block
     def factorised(self, x):
         return x + self.conv3(self.conv2(self.conv1(x).relu()))
@@ -265,7 +265,7 @@ def test_a_kernel_may_be_spatial_in_one_dimension_alone() -> None:
     assert points(net) == ["conv2"]
 
 
-def test_a_convolution_of_someone_else() -> None:
+def test_rule_counts_a_custom_convolution_class() -> None:
     class Standardised(nn.Conv2d):
         def forward(self, x):
             return F.conv2d(x, self.weight / self.weight.std(), self.bias, padding=1)

@@ -13,7 +13,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 import simam
 from simam.checkpoints import E_LAMBDA, is_authors
 from simam.messages import UserError
-from simam.state_dict import misfits, read_state_dict
+from simam.state_dict import compare, load_strictly, read
 
 from .recipes import Recipe
 
@@ -84,7 +84,7 @@ def load_backbone(model: FasterRCNN, path: Path, recipe: Recipe) -> None:
     """
     body = model.backbone.body
     try:
-        state = read_state_dict(path)
+        state = read(path)
         if is_authors(state):
             if recipe.attention == "none":
                 raise UserError(
@@ -100,14 +100,11 @@ def load_backbone(model: FasterRCNN, path: Path, recipe: Recipe) -> None:
     except (ImportError, ValueError) as error:
         raise UserError(str(error)) from error
     own = body.state_dict()
-    # Some files lack num_batches_tracked, which has no effect here.
-    state = {key: own[key] for key in own if key.endswith("num_batches_tracked")} | {
-        key: tensor for key, tensor in state.items() if not key.startswith("fc.")
-    }
-    wrong = misfits(state, own)
+    state = {key: tensor for key, tensor in state.items() if not key.startswith("fc.")}
+    wrong = compare(state, own)
     if wrong:
         raise UserError(
             f"{path} does not fit the backbone of {recipe.model}, which has {len(own)} tensors: "
             f"{wrong}. Give the weights of a {recipe.model.split('_')[1]}"
         )
-    body.load_state_dict(state)
+    load_strictly(body, state, str(path))

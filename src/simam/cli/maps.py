@@ -1,10 +1,9 @@
-"""What the SimAM layers of a model make of photographs, ready to be drawn.
+"""Collect the gates of a model's SimAM layers for images, ready to be drawn.
 
-Matplotlib and Pillow, which comes with it, load with the first call.
+Pillow, which comes with matplotlib, is imported when the first image is read.
 """
 
 import importlib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -15,97 +14,84 @@ from torch import Tensor
 
 from ..attention_maps import attention_maps
 from ..messages import UserError, format_shape, one_line
-from .models import Subject
-from .report import Progress
+from ..reference import gate_bounds
+from .models import Subject, import_optional
+from .progress import Progress
 
-LOWER_BOUND = 1 / (1 + math.exp(-0.5))  # of every gate
-_EXTRA = 'pip install "simam[viz]"'
 _BINS = 40
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
 class Layer:
-    """What is drawn of one layer.
+    """The gates of one SimAM layer for all images, ready to be drawn.
 
     Attributes:
         path (str): see `attention_maps`.
-        upper (float): the bound that no gate of its maps exceeds.
-        maps (list of Tensor[H, W]): the gate's mean over the channels, for each photograph.
-        counts (Tensor[B]): neurons of all photographs by their gate, in bins of equal width from
-            sigmoid(1/2) to 1.
+        bounds (tuple of float): the smallest and the largest gate that is possible in its maps.
+        maps (list of Tensor[H, W]): the gate averaged over the channels, for each image.
+        counts (Tensor[B]): histogram of the gates of all neurons in all images, in bins of equal
+            width from the lower bound to 1.
     """
 
     path: str
-    upper: float
+    bounds: tuple[float, float]
     maps: list[Tensor] = field(default_factory=list)
     counts: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.float64))
 
 
-def upper_bound(positions: int, statistics: str = "shared") -> float:
-    """The largest gate that any map of so many positions can hold.
-
-    Examples:
-        >>> round(upper_bound(4), 4)
-        0.7432
-    """
-    if statistics == "leave_one_out":
-        return 1.0  # a neuron may stand out from a constant channel by any amount
-    return 1 / (1 + math.exp(-((positions - 1) ** 2 / (4 * positions) + 0.5)))
-
-
-def read(path: str) -> Any:
-    """A photograph as a Pillow image in RGB, upright as its camera says.
+def read_image(path: str) -> Any:
+    """Read an image file as a Pillow image in RGB, rotated as its camera recorded.
 
     Raises:
-        UserError: the file cannot be read, or is no image.
+        UserError: the file cannot be read, or is not an image.
     """
-    image, operations = load("PIL.Image"), load("PIL.ImageOps")
+    image, operations = import_optional("PIL.Image", "viz"), import_optional("PIL.ImageOps", "viz")
     try:
         with image.open(path) as file:
             return operations.exif_transpose(file).convert("RGB")
-    except Exception as error:  # a broken file may break anywhere in its reader
+    except Exception as error:  # readers of damaged files raise errors of many types
         detail = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
             f"cannot read {path}: {detail}; expected a .jpg, .png or other image file"
         ) from error
 
 
-def look(
+def collect(
     subject: Subject,
-    photographs: Sequence[Any],
+    images: Sequence[Any],
     globs: Sequence[str] | None = None,
     *,
     statistics: str = "shared",
     progress: Progress = lambda stage, done, total: None,
 ) -> tuple[list[Tensor], list[Layer]]:
-    """The attention maps of a model for photographs, one forward pass for each.
+    """Compute the attention maps of a model for images, in one forward pass for each image.
 
     Args:
         subject (Subject): the model, with SimAM.
-        photographs (sequence of PIL.Image): in RGB.
+        images (sequence of PIL.Image): in RGB.
         globs (sequence of str, optional): over the paths of `attention_maps`; by default the last
             layer of each resolution.
-        statistics (str): those of the model's SimAM.
-        progress (callable): called with a stage, the steps done of it, and their number.
+        statistics (str): the statistics of the model's SimAM layers.
+        progress (callable): called with a stage, its finished steps, and the number of its steps.
 
     Returns:
-        list of Tensor[3, H, W]: what the model saw of the photographs, from 0 to 1.
+        list of Tensor[3, H, W]: the images as the model gets them, from 0 to 1.
         list of Layer: the chosen layers, in the order of the forward pass.
 
     Raises:
-        UserError: the model takes something else than single images, fails on them, or a glob
-            matches none of its layers.
+        UserError: the model does not take single images, fails on them, or a glob matches none of
+            its SimAM layers.
     """
     if subject.takes == "pair" or len(subject.input_size) != 3:
         kind = "pairs of images" if subject.takes == "pair" else "videos"
-        raise UserError(f"{subject.name} takes {kind}; maps are drawn for models of single images")
+        raise UserError(f"{subject.name} takes {kind}; expected a model that takes single images")
     transform, mean, std = _preprocessing(subject)
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
     layers: dict[str, Layer] = {}
-    for done, photograph in enumerate(photographs):
-        progress("looking", done, len(photographs))
-        x = transform(photograph)
+    for done, image in enumerate(images):
+        progress("computing maps", done, len(images))
+        x = transform(image)
         try:
             gates = attention_maps(subject.model, [x] if subject.takes == "list" else x[None])
         except Exception as error:  # the model's own code
@@ -113,41 +99,27 @@ def look(
                 f"{subject.name} fails on an input of shape {format_shape(x.shape)} "
                 f"({one_line(error)})"
             ) from error
-        # Others do not show a photograph from edge to edge, as the windows of a detector's head.
+        # Other gates do not cover one whole image: the head of a detector gets regions of it.
         gates = {p: gate for p, gate in gates.items() if gate.dim() == 4 and len(gate) == 1}
         for path in _choose(gates, globs):
-            gate = gates[path][0].clamp(LOWER_BOUND, 1)  # rounding would put some outside the bins
+            bounds = gate_bounds(gates[path][0, 0].numel(), statistics)
+            gate = gates[path][0].clamp(bounds[0], 1)  # rounding may exceed the range of the bins
             if not gate.isfinite().all():
                 raise UserError(
-                    f"the gates of {path} are not finite: values of {subject.name} overflow before "
-                    "it; check its weights"
+                    f"the gates of {path} are not finite: activations of {subject.name} overflow "
+                    "before this layer; check the weights"
                 )
-            bound = upper_bound(gate[0].numel(), statistics)
-            layer = layers.setdefault(path, Layer(path, bound))
+            layer = layers.setdefault(path, Layer(path, bounds))
             layer.maps.append(gate.mean(0))
-            layer.counts += gate.histc(_BINS, LOWER_BOUND, 1)
-        seen.append(x * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None])
-    return seen, list(layers.values())
-
-
-def load(module: str) -> Any:
-    """A module of matplotlib or Pillow.
-
-    Raises:
-        UserError: it is missing; the message names the extra that brings it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"{module.partition('.')[0]} cannot be imported ({one_line(error)}): {_EXTRA}"
-        ) from error
+            layer.counts += gate.histc(_BINS, bounds[0], 1)
+        inputs.append(x * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None])
+    return inputs, list(layers.values())
 
 
 def _preprocessing(
     subject: Subject,
 ) -> tuple[Callable[[Any], Tensor], Sequence[float], Sequence[float]]:
-    """The model's own, and the mean and standard deviation that it normalises with."""
+    """The transform of the model's images, and the mean and deviation it normalises with."""
     if subject.library == "timm":
         data = importlib.import_module("timm.data")
         config = data.resolve_model_data_config(subject.model)
@@ -158,10 +130,11 @@ def _preprocessing(
         if getattr(preset, "crop_size", None) == [side]:
             return preset, preset.mean, preset.std
     transforms = importlib.import_module("torchvision.transforms")
-    cut = [transforms.Resize(side), transforms.CenterCrop(side), transforms.ToTensor()]
-    if subject.takes == "list":  # a detector, which normalises by itself
-        return transforms.Compose(cut), (0.0,) * 3, (1.0,) * 3
-    return transforms.Compose([*cut, transforms.Normalize(_MEAN, _STD)]), _MEAN, _STD
+    crop = [transforms.Resize(side), transforms.CenterCrop(side), transforms.ToTensor()]
+    if subject.takes == "list":  # detectors normalise images themselves
+        return transforms.Compose(crop), (0.0,) * 3, (1.0,) * 3
+    normalize = transforms.Normalize(_IMAGENET_MEAN, _IMAGENET_STD)
+    return transforms.Compose([*crop, normalize]), _IMAGENET_MEAN, _IMAGENET_STD
 
 
 def _choose(gates: Mapping[str, Tensor], globs: Iterable[str] | None) -> list[str]:
@@ -171,6 +144,8 @@ def _choose(gates: Mapping[str, Tensor], globs: Iterable[str] | None) -> list[st
     for glob in globs:
         matches = {path for path in gates if fnmatchcase(path, glob)}
         if not matches:
-            raise UserError(f"--layers {glob!r} matches none of the layers: {', '.join(gates)}")
+            raise UserError(
+                f"--layers {glob!r} matches none of the SimAM layers: {', '.join(gates)}"
+            )
         chosen |= matches
     return [path for path in gates if path in chosen]

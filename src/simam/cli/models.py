@@ -1,6 +1,6 @@
-"""Models of torchvision and timm by name, their weights from a file, and inputs that they take.
+"""Build torchvision and timm models by name, load weights from a file, and make inputs.
 
-Nothing here downloads: models are built with random weights.
+Nothing is downloaded: models are built with random weights.
 """
 
 import importlib
@@ -15,18 +15,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ..messages import UserError, format_shape, one_line
-from ..state_dict import read_state_dict, some
+from ..messages import UserError, install_hint, one_line
+from ..state_dict import load_strictly, read
 
-_EXTRA = 'pip install "simam[timm]"'
-_FRAMES = 16  # of a video clip; the fewest that every video model of torchvision takes
+_FRAMES = 16  # of a video clip; the minimum that every torchvision video model accepts
 
 
 @contextmanager
-def options_named() -> Iterator[None]:
-    """Turns the library's refusal of an argument into the user's error.
+def user_errors() -> Iterator[None]:
+    """Turn errors about arguments of the library into user errors about options.
 
-    Where the library says where=, the command line says --where.
+    In the message, the argument where= becomes the option --where.
     """
     try:
         yield
@@ -36,7 +35,7 @@ def options_named() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in evaluation mode, where it comes from, and what its forward takes.
+    """A model in evaluation mode, its origin, and the form of its inputs.
 
     Attributes:
         name (str): the model's name in its library.
@@ -46,7 +45,7 @@ class Subject:
         input_size (tuple of int): shape of one sample, `(C, *spatial)`.
         takes (str): "batch", one tensor; "list", a list of images, as detection models do;
             "pair", two tensors, as optical flow does.
-        weights (str or None): the file of its weights; None if they are random.
+        weights (str or None): the file of the weights; None if they are random.
     """
 
     name: str
@@ -58,23 +57,23 @@ class Subject:
     weights: str | None = None
 
     def shape(self, batch: int, size: Sequence[int] | None = None) -> tuple[int, ...]:
-        """The shape of a batch of samples of a size; one number stands for height and width.
+        """The shape of a batch of samples of this size; one number is height and width.
 
         Raises:
-            UserError: the size has another number of dimensions than the model's input.
+            UserError: the size does not have as many dimensions as the model's input.
         """
         shape = self.input_size if size is None else tuple(size)
         if len(shape) == 1:
             shape = (*self.input_size[:-2], *shape, *shape)
         if len(shape) != len(self.input_size):
             raise UserError(
-                f"the input size of {self.name} is one number or {len(self.input_size)}, such as "
-                f"{spaced(self.input_size)}, got {spaced(shape)}"
+                f"the input size of {self.name} must be 1 or {len(self.input_size)} numbers, "
+                f"such as {spaced(self.input_size)}, got {spaced(shape)}"
             )
         return (batch, *shape)
 
     def inputs(self, shape: Sequence[int]) -> tuple[Any, ...]:
-        """Arguments for the model's forward, from 0 to 1, the same at every call."""
+        """Arguments for the model's forward, random between 0 and 1, the same at every call."""
         samples = torch.rand(*shape, generator=torch.Generator().manual_seed(0))
         if self.takes == "list":
             return (list(samples),)
@@ -84,18 +83,18 @@ class Subject:
 def build(
     name: str, weights: str | None = None, *, seed: int = 0, num_classes: int | None = None
 ) -> Subject:
-    """Build a model by its name, with weights from a file, or random ones.
+    """Build a model by name, with weights from a file or random weights.
 
     Args:
-        name (str): `torchvision/NAME`, `timm/NAME`, or a bare NAME: torchvision's model of that
-            name if there is one, else timm's. timm's names may have a tag, which chooses the
-            input size.
+        name (str): `torchvision/NAME`, `timm/NAME`, or a bare NAME, which is looked up in
+            torchvision first, then in timm. A timm name may have a tag, which selects the input
+            size.
         weights (str, optional): see `load_weights`.
-        seed (int): of the random weights, which are the same at every call.
-        num_classes (int, optional): outputs of the classifier, if not as in the library.
+        seed (int): seed of the random weights, which are the same at every call.
+        num_classes (int, optional): outputs of the classifier; by default as in the library.
 
     Raises:
-        UserError: the name is unknown, its library is missing, or as `load_weights`.
+        UserError: the name is unknown, its library is missing, or `load_weights` refuses the file.
     """
     prefix, _, rest = name.partition("/")
     libraries, name = ([prefix], rest) if prefix in _LIBRARIES else (list(_LIBRARIES), name)
@@ -104,7 +103,7 @@ def build(
     for library in libraries:
         list_names, make = _LIBRARIES[library]
         try:
-            package = _load(library)
+            package = import_optional(library, "timm")
         except UserError as error:
             missing.append(str(error))
             continue
@@ -134,42 +133,35 @@ def load_weights(model: nn.Module, path: str) -> None:
         UserError: the file cannot be read, holds something else, or does not fit the model.
     """
     try:
-        state = read_state_dict(path)
+        state = read(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (ImportError, ValueError) as error:
         raise UserError(str(error)) from error
-    own = model.state_dict()
-    misshaped = [k for k in own if k in state and state[k].shape != own[k].shape]
-    fitting = {k: tensor for k, tensor in state.items() if k not in misshaped}
-    # Left to torch, whose layers accept some differences, such as files of older versions.
-    missing, unexpected = model.load_state_dict(fitting, strict=False)
-    wrong = {
-        "missing": [k for k in missing if k not in misshaped],
-        "unexpected": unexpected,
-        "of another shape": [
-            f"{k} (expected {format_shape(own[k].shape)}, got {format_shape(state[k].shape)})"
-            for k in misshaped
-        ],
-    }
-    problems = [f"{len(keys)} {what}: {some(keys)}" for what, keys in wrong.items() if keys]
-    if problems:
-        raise UserError(
-            f"the weights in {path} are not those of this model, which has {len(own)} tensors; "
-            f"{'; '.join(problems)}. Name the model that they were saved from"
-        )
+    try:
+        load_strictly(model, state, path)
+    except ValueError as error:
+        raise UserError(f"{error}. Name the model that they were saved from") from error
 
 
 def spaced(shape: Iterable[int]) -> str:
-    """A shape as the command line takes it: 3 224 224."""
+    """Write a shape as on the command line: 3 224 224."""
     return " ".join(map(str, shape))
 
 
-def _load(package: str) -> Any:
+def import_optional(module: str, extra: str) -> Any:
+    """Import a module that an extra installs.
+
+    Raises:
+        UserError: the module cannot be imported; the message names the extra.
+    """
     try:
-        return importlib.import_module(package)
-    except (ImportError, RuntimeError) as error:  # torchvision of another torch: RuntimeError
-        raise UserError(f"{package} cannot be imported ({one_line(error)}): {_EXTRA}") from error
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
+        package = module.partition(".")[0]
+        raise UserError(
+            f"{package} cannot be imported ({one_line(error)}); {install_hint(extra)}"
+        ) from error
 
 
 def _from_torchvision(torchvision: Any, name: str, arguments: dict[str, int]) -> Subject:
@@ -180,18 +172,18 @@ def _from_torchvision(torchvision: Any, name: str, arguments: dict[str, int]) ->
     model = builder(weights=None, **backbone, **arguments)
     transforms = [weights.transforms for weights in models.get_model_weights(name)]
     crops = [getattr(transform, "keywords", {}).get("crop_size", 224) for transform in transforms]
-    # Published weights may differ in it; the smallest is what the architecture is built for.
+    # Published weights differ in crop size; the architecture is designed for the smallest.
     crop = min(max(crop) if isinstance(crop, tuple) else crop for crop in crops)
     input_size: tuple[int, ...] = (3, crop, crop)
     takes = "batch"
     match builder.__module__.removeprefix("torchvision.models.").partition(".")[0]:
         case "video":
             input_size = (3, _FRAMES, crop, crop)
-        case "detection":  # which resizes its images to this size
+        case "detection":  # the model resizes its images to this size
             side = model.transform.min_size[-1]
             input_size, takes = (3, side, side), "list"
         case "optical_flow":
-            input_size, takes = (3, 128, 128), "pair"  # the least that RAFT takes
+            input_size, takes = (3, 128, 128), "pair"  # the minimum for RAFT
     return Subject(name, "torchvision", torchvision.__version__, model.eval(), input_size, takes)
 
 

@@ -1,12 +1,12 @@
-"""What SimAM does to a model: where it goes, what it adds, and what it costs in time."""
+"""Measure a model without and with SimAM: insertions, parameters, multiply-adds and time."""
 
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import quantiles
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,32 +16,31 @@ from .. import __version__
 from ..attach import attach
 from ..messages import UserError, format_shape, one_line
 from ..placement import Insertion, plan
-from .models import Subject, options_named, spaced
+from .models import Subject, spaced, user_errors
+from .progress import Progress
 
-Progress: TypeAlias = Callable[[str, int, int], None]
-
-_SECONDS = 8.0
-_FEWEST_PAIRS, _MOST_PAIRS = 3, 100
+_SECONDS = 8.0  # of timing, unless --repeats is given
+_MIN_PAIRS, _MAX_PAIRS = 3, 100
 
 
 @dataclass(frozen=True)
-class Place:
-    """One SimAM: the convolution it follows, and what comes out there in one forward pass.
+class MeasuredInsertion:
+    """One SimAM layer: the module whose output it gets, and that output in a forward pass.
 
     Attributes:
-        path (str): the convolution's path in the model.
+        path (str): path of the host, the module whose output passes through SimAM.
         block (str): path of the residual block; "" for the model itself.
-        conv (str): kind of convolution.
+        host (str): kind of the host, such as "Conv2d 3x3".
         reason (str): why SimAM goes there.
-        shape (list of int or None): output `(N, C, *spatial)` of the convolution's first call;
-            None if it is not called.
+        shape (list of int or None): shape `(N, C, *spatial)` of the host's output at its first
+            call; None if the host is not called.
         calls (int): number of calls.
-        elements (int): values that SimAM scales, in all calls together.
+        elements (int): number of values that SimAM scales, summed over all calls.
     """
 
     path: str
     block: str
-    conv: str
+    host: str
     reason: str
     shape: list[int] | None
     calls: int
@@ -57,25 +56,25 @@ class Report:
         library (str): "torchvision" or "timm".
         weights (str or None): the file of the weights; None if they are random.
         input_shape (list of int): `(N, C, *spatial)`.
-        takes (str): what of that shape the model takes: "batch", one tensor; "list", a list of
-            images; "pair", two tensors.
+        takes (str): how the model takes inputs of this shape: "batch", one tensor; "list", a list
+            of images; "pair", two tensors.
         e_lambda (float), statistics (str): the options of SimAM.
-        insertions (list of Place): where SimAM goes, in the model's order.
-        unanalysed (list of dict): blocks that may be residual but could not be analysed, so
-            that they get no SimAM: "block" and "reason".
-        elements (int): values that all SimAM layers scale in one forward pass.
+        insertions (list of MeasuredInsertion): where SimAM goes, in the model's order.
+        unanalysed (list of dict): blocks that may be residual but could not be analysed and
+            therefore get no SimAM: "block" and "reason".
+        elements (int): number of values that all SimAM layers scale in one forward pass.
         parameters (dict of int): "before" and "after".
-        multiply_adds (dict of int): "before" and "after", of one forward pass, as torch's
-            counter counts convolutions and matrix products, with two for every element that a
-            batch norm normalises. So counts the paper. What other layers do element by element
-            is left out, SimAM's work with it.
-        forward_ms (dict): time of one forward pass in milliseconds: medians "before" and
-            "after", and first and third "before_quartiles" and "after_quartiles".
-        ratio (float): the time after by the time before, median over the pairs of passes.
-        ratio_quartiles (list of float): first and third quartile of that.
-        repeats (int): number of pairs of passes, one before and one after, next to each other.
-        threads (int): threads that torch computes with.
-        versions (dict of str): of "simam", "torch" and the library.
+        multiply_adds (dict of int): "before" and "after", for one forward pass. Counted are
+            convolutions and matrix products, by torch's counter, and two for every element that a
+            batch norm normalises, as in the paper. Other elementwise operations, including those
+            of SimAM, are not counted.
+        forward_ms (dict): time of one forward pass in milliseconds: the medians "before" and
+            "after", and the first and third quartiles "before_quartiles" and "after_quartiles".
+        ratio (float): the time after divided by the time before, median over the pairs of passes.
+        ratio_quartiles (list of float): first and third quartile of this ratio.
+        repeats (int): number of pairs of passes; a pair is one pass before and one after.
+        threads (int): number of threads that torch computes with.
+        versions (dict of str): versions of "simam", "torch" and the library.
     """
 
     model: str
@@ -85,7 +84,7 @@ class Report:
     takes: str
     e_lambda: float
     statistics: str
-    insertions: list[Place]
+    insertions: list[MeasuredInsertion]
     unanalysed: list[dict[str, str]]
     elements: int
     parameters: dict[str, int]
@@ -109,36 +108,36 @@ def measure(
     repeats: int | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Report:
-    """Compare a model with a copy of it that has SimAM; the model itself is not changed.
+    """Compare a model with a copy that has SimAM; the model itself is not changed.
 
     Args:
         subject (Subject): the model.
-        shape (sequence of int): the input's shape, as from `subject.shape`.
+        shape (sequence of int): shape of the input, as from `subject.shape`.
         e_lambda (float): see `simam.attach`.
         statistics (str): see `simam.attach`.
         where (sequence of str, optional): globs, see `simam.plan`.
         exclude (sequence of str, optional): globs, see `simam.plan`.
         repeats (int, optional): pairs of passes to time; by default as many as fit into 8
             seconds, but at least 3 and at most 100.
-        progress (callable): called with a stage, the steps done of it, and their number.
+        progress (callable): called with a stage, its finished steps, and the number of its steps.
 
     Raises:
-        UserError: SimAM goes nowhere in this model, or the model does not take the input.
+        UserError: the model has no place for SimAM, or fails on the input.
     """
     plain, inputs = subject.model, subject.inputs(shape)
     progress("planning", 0, 1)
-    with options_named():
+    with user_errors():
         planned = plan(plain, where=where, exclude=exclude)
-        outputs: dict[str, list[torch.Size]] = {insertion.path: [] for insertion in planned}
+        shapes: dict[str, list[torch.Size]] = {insertion.path: [] for insertion in planned}
         attached = attach(
             copy.deepcopy(plain),
             e_lambda=e_lambda,
             statistics=statistics,
-            where=lambda path, _: path in outputs,
+            where=lambda path, _: path in shapes,
         )
 
     with torch.no_grad():
-        hooks = [_record(plain.get_submodule(path), sizes) for path, sizes in outputs.items()]
+        hooks = [_record(plain.get_submodule(path), calls) for path, calls in shapes.items()]
         try:
             progress("counting", 0, 2)
             before = _multiply_adds(plain, inputs)
@@ -146,16 +145,15 @@ def measure(
             after = _multiply_adds(attached, inputs)
         except Exception as error:  # the model's own code, on a shape of the user's choice
             raise UserError(
-                f"{subject.name} cannot take an input of shape {format_shape(shape)} "
-                f"({one_line(error)}); "
-                f"give another --input-size than {spaced(shape[1:])}"
+                f"{subject.name} fails on an input of shape {format_shape(shape)} "
+                f"({one_line(error)}); choose an --input-size other than {spaced(shape[1:])}"
             ) from error
         finally:
             for hook in hooks:
                 hook.remove()
         pairs = _time_pairs(plain, attached, inputs, repeats, progress)
 
-    places = [_place(insertion, outputs[insertion.path]) for insertion in planned]
+    insertions = [_measured(insertion, shapes[insertion.path]) for insertion in planned]
     time_before = _quartiles([b for b, _ in pairs])
     time_after = _quartiles([a for _, a in pairs])
     ratio = _quartiles([a / b for b, a in pairs])
@@ -167,9 +165,9 @@ def measure(
         takes=subject.takes,
         e_lambda=e_lambda,
         statistics=statistics,
-        insertions=places,
+        insertions=insertions,
         unanalysed=[{"block": u.block, "reason": u.reason} for u in planned.unanalysed],
-        elements=sum(place.elements for place in places),
+        elements=sum(insertion.elements for insertion in insertions),
         parameters={"before": _parameters(plain), "after": _parameters(attached)},
         multiply_adds={"before": before, "after": after},
         forward_ms={
@@ -190,16 +188,18 @@ def measure(
     )
 
 
-def _place(insertion: Insertion, sizes: Sequence[torch.Size]) -> Place:
-    shape = list(sizes[0]) if sizes else None
-    return Place(
-        **asdict(insertion), shape=shape, calls=len(sizes), elements=sum(map(math.prod, sizes))
+def _measured(insertion: Insertion, shapes: Sequence[torch.Size]) -> MeasuredInsertion:
+    return MeasuredInsertion(
+        **asdict(insertion),
+        shape=list(shapes[0]) if shapes else None,
+        calls=len(shapes),
+        elements=sum(map(math.prod, shapes)),
     )
 
 
-def _record(module: nn.Module, sizes: list[torch.Size]) -> torch.utils.hooks.RemovableHandle:
+def _record(module: nn.Module, shapes: list[torch.Size]) -> torch.utils.hooks.RemovableHandle:
     def record(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        sizes.append(output.shape)
+        shapes.append(output.shape)
 
     return module.register_forward_hook(record)
 
@@ -212,9 +212,14 @@ def _multiply_adds(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     def batch_norm(shape: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return 4 * math.prod(shape)  # two multiply-adds are four operations
 
-    counter = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.native_batch_norm: batch_norm}
+    aten = torch.ops.aten
+    # Torch decomposes the first into one of the others, if its decompositions are imported.
+    kinds = (
+        aten.native_batch_norm,
+        aten._native_batch_norm_legit,
+        aten._native_batch_norm_legit_no_training,
     )
+    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(kinds, batch_norm))
     with counter:
         model(*inputs)
     return counter.get_total_flops() // 2
@@ -227,11 +232,11 @@ def _time_pairs(
     repeats: int | None,
     progress: Progress,
 ) -> list[tuple[float, float]]:
-    """Milliseconds of both, in turns so that a change of the machine's speed meets both."""
+    """Milliseconds before and after, interleaved, so that changes of clock speed affect both."""
     progress("warming up", 0, 1)
     expected = _time(plain, inputs) + _time(attached, inputs)
     fitting = int(1000 * _SECONDS / expected)
-    number = repeats or min(max(fitting, _FEWEST_PAIRS), _MOST_PAIRS)
+    number = repeats or min(max(fitting, _MIN_PAIRS), _MAX_PAIRS)
     pairs = []
     for done in range(number):
         progress("timing", done, number)

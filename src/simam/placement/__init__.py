@@ -1,36 +1,28 @@
-"""Decide where SimAM goes in an existing network, and show it."""
+"""Where SimAM goes in an existing network, and how the answer is shown; nothing is changed here."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import nn
 from torch.jit import ScriptModule
 
+from ..messages import first_few, table
 from .dataflow import is_convolution
-from .rule import Unanalysed, find_points
+from .rule import Insertion, Unanalysed, describe_host, find_insertions
+
+__all__ = ["Insertion", "Plan", "Selector", "Unanalysed", "check_module", "list_unanalysed", "plan"]
 
 Selector: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
-
-
-@dataclass(frozen=True)
-class Insertion:
-    """One SimAM: the path of the convolution it follows, that of the block, and why there."""
-
-    path: str
-    block: str
-    conv: str
-    reason: str
 
 
 class Plan(list[Insertion]):
     """What `attach` would do: insertions in the model's order; `print` shows them as a table.
 
     Attributes:
-        unanalysed (tuple[Unanalysed, ...]): blocks that may be residual but could not be
-            traced, so that they get no SimAM, each with the reason.
+        unanalysed (tuple[Unanalysed, ...]): blocks that may be residual but could not be traced.
+            They get no SimAM.
     """
 
     def __init__(
@@ -40,13 +32,9 @@ class Plan(list[Insertion]):
         self.unanalysed = tuple(unanalysed)
 
     def __str__(self) -> str:
-        rows = [("convolution", "", "block", "reason")]
-        rows += [(i.path, i.conv, i.block or "(model)", i.reason) for i in self]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        rows = [("path", "host", "block", "reason")]
+        rows += [(i.path, i.host, i.block or "(model)", i.reason) for i in self]
+        lines = [table(rows)]
         if self.unanalysed:
             lines += ["", "Not analysed, so without SimAM:"]
             lines += [f"  {u.block or '(model)'}  {u.reason}" for u in self.unanalysed]
@@ -63,17 +51,17 @@ def plan(
 
     Args:
         model (nn.Module): the network; it may be on the meta device.
-        where (str, iterable of str, or callable, optional): takes the place of the analysis.
-            Globs over the paths of the model's convolutions (`*` matches dots too), of which
-            each must match; or a predicate `(path, module) -> bool` over the convolutions.
-        exclude (str, iterable of str, or callable, optional): in the same form, convolutions
-            to leave out; also the path of a block that could not be analysed.
+        where (str, iterable of str, or callable, optional): replaces the analysis. One glob or
+            several over the paths of the model's convolutions (`*` matches dots too), each of
+            which must match; or a predicate `(path, module) -> bool` over the convolutions.
+        exclude (str, iterable of str, or callable, optional): convolutions to leave out, in the
+            same form; also the path of a block that could not be analysed.
 
     Returns:
-        Plan: a list of `Insertion(path, block, conv, reason)`, never empty.
+        Plan: a list of `Insertion(path, block, host, reason)`, never empty.
 
     Raises:
-        TypeError: model is not a module, or where or exclude has another form.
+        TypeError: model is not a module, or where or exclude is of another type.
         ValueError: the model has no residual block with a spatial convolution, or a selection
             matches nothing.
 
@@ -96,32 +84,25 @@ def plan(
     if where is not None:
         convolutions = {n: m for n, m in model.named_modules() if is_convolution(m)}
         chosen = _select(where, convolutions, "where", "the model's convolutions")
-        found = Plan(
-            Insertion(path, path.rpartition(".")[0], _describe(module), "selected by where=")
+        planned = Plan(
+            Insertion(path, path.rpartition(".")[0], describe_host(module), "selected by where=")
             for path, module in convolutions.items()
             if path in chosen
         )
     else:
-        points, unanalysed = find_points(model)
-        found = Plan(
-            (
-                Insertion(path, block, _describe(model.get_submodule(path)), reason)
-                for path, block, reason in points
-            ),
-            unanalysed,
-        )
-    if not found:
-        raise ValueError(_nothing_found(model, found.unanalysed))
+        planned = Plan(*find_insertions(model))
+    if not planned:
+        raise ValueError(_nothing_found(model, planned.unanalysed))
     if exclude is not None:
-        paths = [i.path for i in found] + [u.block for u in found.unanalysed]
+        paths = [i.path for i in planned] + [u.block for u in planned.unanalysed]
         left_out = _select(
-            exclude, {p: model.get_submodule(p) for p in paths}, "exclude", "the planned places"
+            exclude, {p: model.get_submodule(p) for p in paths}, "exclude", "the planned insertions"
         )
-        unanalysed = [u for u in found.unanalysed if u.block not in left_out]
-        found = Plan((i for i in found if i.path not in left_out), unanalysed)
-        if not found:
-            raise ValueError(f"exclude={exclude!r} leaves out every place; nothing to attach")
-    return found
+        unanalysed = [u for u in planned.unanalysed if u.block not in left_out]
+        planned = Plan((i for i in planned if i.path not in left_out), unanalysed)
+        if not planned:
+            raise ValueError(f"exclude={exclude!r} leaves out every insertion; nothing to attach")
+    return planned
 
 
 def check_module(model: object) -> None:
@@ -130,17 +111,15 @@ def check_module(model: object) -> None:
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
 
 
-def name_some(unanalysed: Sequence[Unanalysed]) -> str:
-    """The first blocks that could not be analysed, each with the reason, and how many more."""
-    named = [f"{u.block or 'the model itself'} ({u.reason})" for u in unanalysed[:3]]
-    more = [f"{len(unanalysed) - 3} more"] if len(unanalysed) > 3 else []
-    return ", ".join(named + more)
+def list_unanalysed(unanalysed: Sequence[Unanalysed]) -> str:
+    """Name the first blocks that could not be analysed, each with the reason."""
+    return first_few([f"{u.block or 'the model itself'} ({u.reason})" for u in unanalysed])
 
 
 def _select(
     selector: Selector, modules: dict[str, nn.Module], argument: str, of_what: str
 ) -> set[str]:
-    """The paths that a selector picks; an error if it, or a glob of it, picks none."""
+    """The selected paths. A selector, or one of its globs, that selects nothing is an error."""
     form = f"{argument} must be a glob, several globs, or a predicate (path, module) -> bool"
     if isinstance(selector, nn.Module) or not (
         callable(selector) or isinstance(selector, Iterable)
@@ -175,11 +154,4 @@ def _nothing_found(model: nn.Module, unanalysed: Sequence[Unanalysed]) -> str:
         "holds a spatial (kernel > 1) convolution and a non-linearity. "
         "Choose convolutions with where=, for example where='features.*'."
     )
-    return f"{message} Could not analyse {name_some(unanalysed)}." if unanalysed else message
-
-
-def _describe(convolution: nn.Module) -> str:
-    kind = getattr(convolution, "plain_class", type(convolution))  # as it was before attach
-    size: Any = convolution.kernel_size
-    kernel = "x".join(map(str, size if isinstance(size, Iterable) else (size,)))
-    return f"{kind.__name__} {kernel}"
+    return f"{message} Could not analyse {list_unanalysed(unanalysed)}." if unanalysed else message

@@ -1,10 +1,10 @@
-"""What depends on what inside a residual block, and which convolutions end its branch.
+"""The graph of values in a residual block, and the convolutions that end its branch.
 
-- A residual add joins two tensors with a common ancestor. One operand alone, the branch,
-  reaches back to spatial convolutions (kernel > 1) through a non-linearity, without passing a
-  gate (what comes from a sigmoid or softmax, or from x itself, and multiplies x) or an
-  attention product.
-- The branch's last spatial convolutions are those that no other of its own depends on.
+- A residual add joins two tensors with a common ancestor. Exactly one operand, the branch, reaches
+  back to spatial convolutions (kernel > 1) through a non-linearity. The way back does not pass
+  through a gate (a factor of x that comes from a sigmoid, a softmax or x itself) or an attention
+  product.
+- A spatial convolution of the branch is a last one if no other of the branch depends on it.
 """
 
 import operator
@@ -20,12 +20,13 @@ from .tracing import Trace
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _MULTIPLY = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _SIZES = {"size", "dim", "numel", "shape", "ndim", "dtype", "device"}
-# What a gate may pass on its way from the sigmoid to the product; all take the tensor first.
+# Operations that may lie between the sigmoid of a gate and the product. Each takes the tensor
+# first.
 _RESHAPE = {
     "contiguous", "expand", "expand_as", "getitem", "interpolate", "permute", "reshape", "rsub",
     "sub", "to", "transpose", "type_as", "unsqueeze", "view", "view_as",
 }  # fmt: skip
-# Parts of the names of functions and modules, in lower case.
+# Substrings of the names of functions and modules, in lower case.
 _GATES = ("sigmoid", "softmax")
 _NONLINEAR = (
     *_GATES, "clamp", "elu", "glu", "mish", "shrink", "silu", "softplus", "softsign", "swish",
@@ -35,14 +36,14 @@ _ATTENTION = ("matmul", "bmm", "einsum", "attention")
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether the module is a convolution of torch's, or of anyone's that looks like one."""
+    """Whether the module is a convolution of torch, or has the attributes of one."""
     return isinstance(module, nn.modules.conv._ConvNd) or all(
         hasattr(module, name) for name in ("weight", "in_channels", "kernel_size", "groups")
     )
 
 
 def holds_spatial_convolution(module: nn.Module) -> bool:
-    """Whether the module is or holds a convolution with a kernel > 1, not a transposed one."""
+    """Whether the module is or holds a convolution with a kernel > 1 that is not transposed."""
     return any(map(_is_spatial, module.modules()))
 
 
@@ -53,8 +54,8 @@ def _is_spatial(module: nn.Module) -> bool:
     return any(s > 1 for s in (size if isinstance(size, Iterable) else (size,)))
 
 
-class Flow:
-    """The flow of values through a block, along one way through its conditions."""
+class BlockGraph:
+    """The values of a block and their ancestors, along one path through its control flow."""
 
     def __init__(self, block: nn.Module, trace: Trace) -> None:
         self.block = block
@@ -62,7 +63,7 @@ class Flow:
         self._modules = dict(block.named_modules())
         self._holders = {n for n, m in self._modules.items() if holds_spatial_convolution(m)}
         self._opaque = trace.opaque
-        # Only what varies with the values of the input is here: no parameters, no sizes.
+        # Only nodes that depend on the values of the input: no parameters, no sizes.
         self._ancestors: dict[fx.Node, set[fx.Node]] = {}
         self._sums: dict[fx.Node, list[fx.Node]] = {}
         self._own_sums: list[fx.Node] = []
@@ -77,7 +78,7 @@ class Flow:
                     self._own_sums.append(node)
 
     def residual_branches(self) -> list[list[str]]:
-        """The last spatial convolutions of the branch of each residual add of the block's own."""
+        """For each residual add of the block itself: the branch's last convolutions."""
         found = []
         for node in self._own_sums:
             operands = self._sums[node]
@@ -94,11 +95,11 @@ class Flow:
         return found
 
     def last_convolutions(self) -> list[str]:
-        """The last spatial convolutions on the block's way from input to output, if non-linear."""
-        way = self._reach(next(reversed(self._ancestors)), set())
-        if not any(map(self._is_nonlinear, way)):
+        """The last spatial convolutions between input and output; none without a non-linearity."""
+        nodes = self._reach(next(reversed(self._ancestors)), set())
+        if not any(map(self._is_nonlinear, nodes)):
             return []
-        return [str(node.target) for node in self._last(way)]
+        return [str(node.target) for node in self._last(nodes)]
 
     def is_deep(self) -> bool:
         """Whether the block holds more than one convolution."""
@@ -108,13 +109,13 @@ class Flow:
         return [i for i in node.all_input_nodes if i in self._ancestors]
 
     def _is_own(self, owner: str) -> bool:
-        """Whether the block itself, or a part without spatial convolutions, is at work."""
+        """Whether `owner` is the block itself or a submodule that holds no spatial convolution."""
         while owner and owner not in self._holders:
             owner = owner.rpartition(".")[0]
         return not owner
 
     def _reach(self, start: fx.Node, stop: set[fx.Node]) -> set[fx.Node]:
-        """The nodes before `stop` whose values, not gates or attention, make up the start's."""
+        """The ancestors of `start` back to `stop`, not through gates or attention products."""
         reached: set[fx.Node] = set()
         ahead = [start]
         while ahead:
@@ -127,10 +128,11 @@ class Flow:
         return reached
 
     def _is_branch(self, side: set[fx.Node], common: set[fx.Node]) -> bool:
-        """Whether the side has a non-linearity and spatial convolutions of the common ancestor.
+        """Whether one side of an add is a branch: non-linear, with a spatial convolution.
 
-        Another input may join after the first of them, as the time in a diffusion model does,
-        but not before, as the hidden state of a recurrent cell.
+        The convolution must depend on the common ancestor and on no other input of the block.
+        Another input may join after it, as the time embedding of a diffusion model does, but not
+        before it, as the hidden state of a recurrent cell does.
         """
         inputs = {node for node in self._ancestors if node.op == "placeholder"} - common
         return any(map(self._is_nonlinear, side)) and any(
@@ -146,7 +148,7 @@ class Flow:
         ]
 
     def _is_of_a_cell(self, node: fx.Node) -> bool:
-        """Whether the sum is concatenated with sums beside it, as in NASNet: no residual stream."""
+        """Whether the sum is concatenated with parallel sums, as in a NASNet cell."""
         joined = [user for user in node.users if _operation(user) in (torch.cat, torch.concat)]
         return any(
             other not in self._ancestors[node] and node not in self._ancestors[other]
@@ -155,7 +157,7 @@ class Flow:
         )
 
     def _are_summed(self, convolutions: list[fx.Node]) -> bool:
-        """Whether a sum joins them before any non-linearity, to be folded into one later."""
+        """Whether a sum joins the convolutions before any non-linearity: they can be folded."""
         nonlinear = set(filter(self._is_nonlinear, self._ancestors))
         for summands in self._sums.values():
             sides = [self._reach(summand, nonlinear) for summand in summands]
@@ -178,7 +180,7 @@ class Flow:
         return "softmax" in name or (between_inputs and any(part in name for part in _ATTENTION))
 
     def _gates(self, node: fx.Node) -> list[fx.Node]:
-        """The operands of a product that weight the other one."""
+        """The operands of a product that are gates of the other operand."""
         if _operation(node) not in _MULTIPLY:
             return []
         operands = self._operands(node)
@@ -190,7 +192,7 @@ class Flow:
         ]
 
     def _is_gate(self, node: fx.Node) -> bool:
-        """Whether the node is a sigmoid or softmax, reshaped or taken from a constant at most."""
+        """Whether the node is a sigmoid or softmax, reshaped or subtracted from a constant."""
         while not any(part in self._name(node) for part in _GATES):
             operands = self._operands(node)
             if self._name(node) not in _RESHAPE or not operands:
@@ -216,7 +218,7 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _may_be_tensor(node: fx.Node) -> bool:
-    """Not an input that is only ever indexed: the items of a list have nothing in common."""
+    """False for an input that is only ever indexed: the items of a list have no common ancestor."""
     if node.op != "placeholder" or not node.users:
         return True
     return not all(u.target is operator.getitem and isinstance(u.args[1], int) for u in node.users)

@@ -1,93 +1,123 @@
-"""Where SimAM goes in a network: after the last spatial convolutions of its residual blocks.
+"""The rule: SimAM follows the last spatial convolutions of every residual block.
 
-Source: the authors' networks (Yang et al., ICML 2021, section 4), stated as a rule. `flow.py`
-finds the branch of a residual block; a block whose skip is off because it changes the shape
-counts with the blocks of its kind. Every candidate is analysed alone: one that cannot be traced
-costs only itself, and is reported.
+Source: the authors' networks (Yang et al., ICML 2021, section 4), stated as a rule. `datagraph.py`
+computes the branch of a residual block. A block without a skip, because it changes the shape,
+counts if blocks of its class are residual elsewhere in the model. Every candidate block is analysed
+alone: a block that cannot be traced costs only itself, and is reported. See README.md in this
+folder for a worked example.
 """
 
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
-from .dataflow import Flow, holds_spatial_convolution, is_convolution
+from ..messages import one_line
+from .dataflow import BlockGraph, holds_spatial_convolution, is_convolution
 from .tracing import traces
 
 
-class Point(NamedTuple):
-    """The path of a convolution that SimAM follows, that of its residual block, and why."""
+@dataclass(frozen=True)
+class Insertion:
+    """One SimAM in a network.
+
+    Attributes:
+        path (str): the path of the host, the module whose output passes through SimAM.
+        block (str): the path of the residual block; "" is the model itself.
+        host (str): the kind of the host, such as "Conv2d 3x3".
+        reason (str): why SimAM goes there.
+    """
 
     path: str
     block: str
+    host: str
     reason: str
 
 
-class Unanalysed(NamedTuple):
-    """The path of a block that may be residual, and what kept it from being traced."""
+@dataclass(frozen=True)
+class Unanalysed:
+    """A block that may be residual but could not be traced, so that it gets no SimAM.
+
+    Attributes:
+        block (str): the path of the block; "" is the model itself.
+        reason (str): the class of the block, and the error that stopped the trace.
+    """
 
     block: str
     reason: str
 
 
-def find_points(model: nn.Module) -> tuple[list[Point], list[Unanalysed]]:
-    """Apply the rule to every block of the model, without running or changing it."""
-    flows: dict[str, Flow] = {}
+def find_insertions(model: nn.Module) -> tuple[list[Insertion], list[Unanalysed]]:
+    """Apply the rule to every block of the model, without running or changing the model."""
+    graphs: dict[str, BlockGraph] = {}
     unanalysed: list[Unanalysed] = []
     for path, block in model.named_modules():
         if _may_be_residual(block):
             try:
-                flows[path] = _analyse(block)
+                graphs[path] = _analyse(block)
             except Exception as error:  # the block's own code, run on symbols, may raise anything
-                summary = textwrap.shorten(f"{type(error).__name__}: {error}", 100)
+                summary = one_line(error, 100)
                 unanalysed.append(Unanalysed(path, f"{type(block).__name__}, {summary}"))
 
-    points: dict[str, Point] = {}
-    paths = {module: path for path, module in model.named_modules()}  # of a shared one, the first
+    insertions: dict[str, Insertion] = {}
+    # named_modules() lists a module that stands at several paths once, at the first of them.
+    paths = {module: path for path, module in model.named_modules()}
 
-    def add(path: str, convolutions: list[str], what: str) -> None:
+    def add(block: str, convolutions: list[str], what: str) -> None:
         parallel = f" (1 of {len(convolutions)} in parallel)" if len(convolutions) > 1 else ""
         for convolution in convolutions:
-            full = paths[model.get_submodule(f"{path}.{convolution}" if path else convolution)]
-            points[full] = Point(full, path, f"last spatial convolution{parallel} of {what}")
+            host = model.get_submodule(f"{block}.{convolution}" if block else convolution)
+            reason = f"last spatial convolution{parallel} of {what}"
+            insertions[paths[host]] = Insertion(paths[host], block, describe_host(host), reason)
 
-    branches = {path: flow.residual_branches() for path, flow in flows.items()}
-    residual_kinds = {flows[path].kind for path, found in branches.items() if found}
-    for path, flow in flows.items():
-        name = flow.kind.__name__
+    branches = {path: graph.residual_branches() for path, graph in graphs.items()}
+    residual_kinds = {graphs[path].kind for path, found in branches.items() if found}
+    for path, graph in graphs.items():
+        name = graph.kind.__name__
         for branch in branches[path]:
             add(path, branch, f"the residual branch of {name}")
-        if not branches[path] and (flow.kind in residual_kinds or _is_skipless(flow)):
-            add(path, flow.last_convolutions(), f"{name}, whose skip is off here")
+        if not branches[path] and (graph.kind in residual_kinds or _is_skipless(graph)):
+            add(path, graph.last_convolutions(), f"{name}, whose skip is off here")
 
-    # The trouble of a container is not that of the residual blocks that were found in it.
-    containers = {path[:i] for path in points for i, c in enumerate(path) if c == "."}
-    unanalysed = [u for u in unanalysed if u.block not in containers and (u.block or not points)]
-    return [points[path] for path in paths.values() if path in points], unanalysed
-
-
-def _analyse(block: nn.Module) -> Flow:
-    """The first way through the block that is residual, or else the first."""
-    ways = traces(block, is_convolution, lambda module: not holds_spatial_convolution(module))
-    flows = []
-    for trace in ways:
-        flows.append(Flow(block, trace))
-        if flows[-1].residual_branches():
-            return flows[-1]
-    return flows[0]
+    # A container that cannot be traced costs nothing if its residual blocks were analysed.
+    containers = {path[:i] for path in insertions for i, c in enumerate(path) if c == "."}
+    unanalysed = [
+        u for u in unanalysed if u.block not in containers and (u.block or not insertions)
+    ]
+    return [insertions[path] for path in paths.values() if path in insertions], unanalysed
 
 
-def _is_skipless(flow: Flow) -> bool:
-    """Whether the block is of timm's inverted-residual family, its skip off.
+def describe_host(host: nn.Module) -> str:
+    """The kind of a convolution, such as "Conv2d 3x3"; with SimAM attached it is the same."""
+    kind = getattr(host, "plain_class", type(host))  # the class before attach
+    size: Any = host.kernel_size
+    kernel = "x".join(map(str, size if isinstance(size, Iterable) else (size,)))
+    return f"{kind.__name__} {kernel}"
 
-    Nothing else tells in a net where none of them adds, as MobileNetV1. A single convolution
-    with a norm (timm's ConvBnAct) is of the family only where it adds.
+
+def _analyse(block: nn.Module) -> BlockGraph:
+    """The graph of the first control-flow path that is residual, or else of the first path."""
+    all_traces = traces(block, is_convolution, lambda module: not holds_spatial_convolution(module))
+    graphs = []
+    for trace in all_traces:
+        graphs.append(BlockGraph(block, trace))
+        if graphs[-1].residual_branches():
+            return graphs[-1]
+    return graphs[0]
+
+
+def _is_skipless(graph: BlockGraph) -> bool:
+    """Whether the block belongs to timm's inverted-residual family and has its skip turned off.
+
+    In a network such as MobileNetV1, where no block has a skip, `has_skip` is the only sign. A
+    single convolution with a norm (timm's ConvBnAct) belongs to the family only where it adds.
     """
-    return getattr(flow.block, "has_skip", None) is False and flow.is_deep()
+    return getattr(graph.block, "has_skip", None) is False and graph.is_deep()
 
 
 def _may_be_residual(block: nn.Module) -> bool:
@@ -98,7 +128,7 @@ def _may_be_residual(block: nn.Module) -> bool:
 
 @cache
 def _adds(kind: type) -> bool:
-    """Whether a method of the class, its constructor aside, contains an addition."""
+    """Whether a method of the class other than its constructor contains an addition."""
     return any(
         _contains_addition(_syntax(method))
         for base in kind.__mro__
@@ -111,7 +141,7 @@ def _adds(kind: type) -> bool:
 def _syntax(method: Callable[..., Any]) -> ast.AST:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(method)))
-    except (OSError, SyntaxError):  # no source to read: it may add
+    except (OSError, SyntaxError):  # without source, assume that it adds
         return ast.parse("a + b")
 
 

@@ -1,4 +1,4 @@
-"""Trace one block of a network with torch.fx, without an input and without touching it."""
+"""Trace one block of a network with torch.fx, without an input and without changing the block."""
 
 import copy
 import inspect
@@ -16,12 +16,12 @@ _ATTEMPTS = 8
 
 
 class Trace(NamedTuple):
-    """One way through a block.
+    """The operations of a block along one path through its control flow.
 
     Attributes:
         graph (fx.Graph): the operations, in order.
-        owner (dict[fx.Node, str]): the path of the module that was at work.
-        opaque (set[fx.Node]): calls of modules that could not be looked into.
+        owner (dict[fx.Node, str]): the path of the module whose forward ran the operation.
+        opaque (set[fx.Node]): calls of modules that could not be traced.
     """
 
     graph: fx.Graph
@@ -34,41 +34,41 @@ def traces(
     is_leaf: Callable[[nn.Module], bool],
     is_optional: Callable[[nn.Module], bool],
 ) -> Iterator[Trace]:
-    """Trace a block, along one way after the other through its conditions on the input.
+    """Trace a block along every path through its conditions on the input, one after the other.
 
-    Every module is looked into but torch's own and those that `is_leaf` names. One that cannot
-    be traced is kept whole if `is_optional` allows it. At first every condition is taken to be
-    false, then one more is taken to be true.
+    Tracing enters every module except those of torch and those for which `is_leaf` is true. A
+    module that cannot be traced becomes one opaque node if `is_optional` allows it. The first path
+    takes every condition to be false; each further path takes one more condition to be true.
 
     Raises:
-        Exception: no way leads through; what the block's own code raised along the first.
+        Exception: no path can be traced; what the block's own code raised along the first path.
     """
     block = _skeleton(block)
     parameters = inspect.signature(block.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    ways: deque[list[bool]] = deque([[]])
+    pending: deque[list[bool]] = deque([[]])
     errors: list[Exception] = []
     attempts = 0
-    while ways and attempts < _ATTEMPTS:
+    while pending and attempts < _ATTEMPTS:
         attempts += 1
-        answers = ways.popleft()
+        answers = pending.popleft()
         tracer = _Tracer(answers, is_leaf, is_optional)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what the code says of symbols means nothing
+                warnings.simplefilter("ignore")  # warnings raised on symbolic values are noise
                 graph = tracer.trace(block, concrete_args=defaults or None)
         except Exception as error:  # the block's code may raise anything
             errors.append(error)
         else:
             yield Trace(graph, tracer.owner, tracer.opaque)
         for asked in range(len(answers), tracer.asked):
-            ways.append([*answers, *[False] * (asked - len(answers)), True])
+            pending.append([*answers, *[False] * (asked - len(answers)), True])
     if len(errors) == attempts:
         raise errors[0]
 
 
 def _skeleton(block: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, without hooks or values in its tensors: free to be run."""
+    """A copy in evaluation mode, without hooks, its tensors on the meta device: safe to run."""
     tensors = chain(block.parameters(), block.buffers())
     clone = copy.deepcopy(block, {id(t): t if is_lazy(t) else _without_values(t) for t in tensors})
     clone.eval()

@@ -85,13 +85,13 @@ def build(library: str, name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", POINTS["torchvision"])
-def test_torchvision(name: str) -> None:
+def test_plan_matches_facts_for_torchvision(name: str) -> None:
     model = build("torchvision", name)
     assert sorted(i.path for i in plan(model)) == sorted(POINTS["torchvision"][name])
 
 
 @pytest.mark.parametrize("name", sampled(POINTS["timm"], TIMM_SAMPLE))
-def test_timm(name: str) -> None:
+def test_plan_matches_facts_for_timm(name: str) -> None:
     model = build("timm", name)
     assert sorted(i.path for i in plan(model)) == sorted(POINTS["timm"][name])
 
@@ -104,7 +104,7 @@ def test_timm(name: str) -> None:
         POINTS["none"], {n for n in POINTS["none"] if n.startswith("torchvision")} | NONE_SAMPLE
     ),
 )
-def test_refused(name: str) -> None:
+def test_plan_and_attach_refuse_networks_without_residual_branches(name: str) -> None:
     model = build(*name.split("/"))
     before = [(path, type(module)) for path, module in model.named_modules()]
     message = (
@@ -118,6 +118,6 @@ def test_refused(name: str) -> None:
     assert [(path, type(module)) for path, module in model.named_modules()] == before
 
 
-def test_samples_are_in_the_list() -> None:
+def test_facts_contain_the_samples() -> None:
     assert POINTS["timm"].keys() >= TIMM_SAMPLE
     assert set(POINTS["none"]) >= NONE_SAMPLE
