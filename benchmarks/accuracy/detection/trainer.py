@@ -1,7 +1,7 @@
 """Trains a detector for one epoch at a time."""
 
 import torch
-from timm.utils.distributed import distribute_bn
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -76,7 +76,7 @@ class Trainer(BaseTrainer):
             self.optimizer_step()
         if world_size > 1:
             # Running statistics differ, as each process saw other images; keep the primary's.
-            distribute_bn(self.model, world_size)  # type: ignore[no-untyped-call]
+            distribute_bn(self.model, world_size)
         means = self.dist_context.all_reduce_sum(torch.stack(list(sums.values())))
         means /= steps * self.accumulation_steps * world_size
         return dict(zip(sums, means.tolist(), strict=True))
