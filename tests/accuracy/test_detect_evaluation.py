@@ -1,4 +1,4 @@
-"""COCO's figures, against an average precision computed by hand."""
+"""detect and score: COCO's metrics, against an average precision computed by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,18 @@ from torch import Tensor, nn
 from benchmarks.accuracy.common.distributed import DistributedContext
 from benchmarks.accuracy.detection import drawing, shapes
 from benchmarks.accuracy.detection.coco import Split, read
-from benchmarks.accuracy.detection.dataset import Examples
-from benchmarks.accuracy.detection.evaluation import NAMES, detect, in_coco_format, score, table
+from benchmarks.accuracy.detection.dataset import TrainingDataset
+from benchmarks.accuracy.detection.evaluation import (
+    METRICS,
+    detect,
+    metrics_table,
+    score,
+    to_coco_format,
+)
 from benchmarks.accuracy.detection.models import build
 from tests.helpers.detection import annotation, content, stored, tiny
 
-HERE = DistributedContext(0, 1, torch.device("cpu"))
+ONE_PROCESS = DistributedContext(0, 1, torch.device("cpu"))
 Targets = dict[int, dict[str, Tensor]]
 
 
@@ -33,8 +39,8 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 
 def targets(split: Split) -> Targets:
-    """What there is to find, by the ids of the images, as the detector would say it."""
-    examples = Examples(split, masks=True, flip=0)
+    """The ground truth by image id, in the form of a detector's output."""
+    examples = TrainingDataset(split, masks=True, flip=0)
     return {
         image["id"]: examples[i][1] | {"masks": examples[i][1]["masks"][:, None].float()}
         for i, image in enumerate(examples.images)
@@ -42,40 +48,40 @@ def targets(split: Split) -> Targets:
 
 
 def perfect(split: Split) -> list[dict[str, Any]]:
-    found = []
-    for number, target in targets(split).items():
-        result = target | {"scores": torch.ones(len(target["labels"]))}
-        found += in_coco_format(result, number, list(split.categories))
-    return found
+    detections = []
+    for image_id, target in targets(split).items():
+        output = target | {"scores": torch.ones(len(target["labels"]))}
+        detections += to_coco_format(output, image_id, list(split.categories))
+    return detections
 
 
-def test_perfect_detections_score_one(split: Split) -> None:
-    figures = score(split, perfect(split), masks=True)
-    assert list(figures) == ["box", "mask"]
-    for found in figures.values():
-        assert tuple(found) == NAMES
+def test_score_of_perfect_detections_is_one(split: Split) -> None:
+    metrics = score(split, perfect(split), masks=True)
+    assert list(metrics) == ["box", "mask"]
+    for values in metrics.values():
+        assert tuple(values) == METRICS
         for name in ("AP", "AP50", "AP75", "APs", "APm", "AR100", "ARs", "ARm"):
-            assert found[name] == pytest.approx(1, abs=1e-12)
-        assert found["AR1"] < found["AR10"]  # one detection is not enough for several shapes
-        assert found["APl"] is None  # the shapes are small
-        assert found["ARl"] is None
+            assert values[name] == pytest.approx(1, abs=1e-12)
+        assert values["AR1"] < values["AR10"]  # one detection per image misses some shapes
+        assert values["APl"] is None  # no shape is large
+        assert values["ARl"] is None
 
 
-def test_nothing_found_scores_zero(split: Split) -> None:
-    for found in score(split, [], masks=True).values():
-        assert all(value == 0 for value in found.values() if value is not None)
-        assert found["AP"] == 0
+def test_score_without_detections_is_zero(split: Split) -> None:
+    for values in score(split, [], masks=True).values():
+        assert all(value == 0 for value in values.values() if value is not None)
+        assert values["AP"] == 0
 
 
-def test_boxes_alone(split: Split) -> None:
+def test_score_without_masks_has_boxes_only(split: Split) -> None:
     assert list(score(split, perfect(split), masks=False)) == ["box"]
 
 
 def noisy(split: Split, seed: int) -> list[dict[str, Any]]:
-    """Detections that are moved, of the wrong category, missing, double or of nothing."""
+    """Detections that are shifted, misclassified, missing, duplicated or spurious."""
     random = np.random.default_rng(seed)
-    found = []
-    for number, target in targets(split).items():
+    detections = []
+    for image_id, target in targets(split).items():
         boxes, labels, masks = [], [], []
         for box, label, mask in zip(
             target["boxes"].tolist(), target["labels"].tolist(), target["masks"], strict=True
@@ -89,22 +95,22 @@ def noisy(split: Split, seed: int) -> list[dict[str, Any]]:
             boxes.append([1, 2, 30, 40])
             labels.append(int(random.integers(1, 4)))
             masks.append(torch.zeros_like(target["masks"][0]).index_fill_(1, torch.arange(9), 1))
-        result = {
+        output = {
             "boxes": torch.tensor(boxes).reshape(-1, 4),
             "labels": torch.tensor(labels),
             "scores": torch.tensor(random.random(len(labels))),
             "masks": torch.stack(masks) if masks else torch.zeros(0, 1, 120, 160),
         }
-        found += in_coco_format(result, number, list(split.categories))
-    return found
+        detections += to_coco_format(output, image_id, list(split.categories))
+    return detections
 
 
 def box_overlap(a: dict[str, Any], b: dict[str, Any]) -> float:
     (ax, ay, aw, ah), (bx, by, bw, bh) = a["bbox"], b["bbox"]
     width = min(ax + aw, bx + bw) - max(ax, bx)
     height = min(ay + ah, by + bh) - max(ay, by)
-    both = max(width, 0) * max(height, 0)
-    return both / (aw * ah + bw * bh - both)
+    intersection = max(width, 0) * max(height, 0)
+    return intersection / (aw * ah + bw * bh - intersection)
 
 
 def mask_overlap(a: dict[str, Any], b: dict[str, Any]) -> float:
@@ -115,27 +121,27 @@ def mask_overlap(a: dict[str, Any], b: dict[str, Any]) -> float:
 
 
 def average_precision(
-    split: Split, found: list[dict[str, Any]], overlap: Any, least: float
+    split: Split, detections: list[dict[str, Any]], overlap: Any, threshold: float
 ) -> float:
-    """The mean over categories of the precision at 101 recalls, step by step."""
+    """The mean over categories of the precision at 101 recalls, by plain loops."""
     means = []
     for category in split.categories:
-        there = [a for a in split.content["annotations"] if a["category_id"] == category]
-        ours = [d for d in found if d["category_id"] == category]
-        taken: set[int] = set()
+        objects = [a for a in split.content["annotations"] if a["category_id"] == category]
+        candidates = [d for d in detections if d["category_id"] == category]
+        matched: set[int] = set()
         hits = []
-        for detection in sorted(ours, key=lambda d: -d["score"]):
-            free = [
+        for detection in sorted(candidates, key=lambda d: -d["score"]):
+            overlaps = [
                 (overlap(detection, a), a["id"])
-                for a in there
-                if a["image_id"] == detection["image_id"] and a["id"] not in taken
+                for a in objects
+                if a["image_id"] == detection["image_id"] and a["id"] not in matched
             ]
-            best, number = max(free, default=(0.0, 0))
-            hits.append(best >= least)
+            best, number = max(overlaps, default=(0.0, 0))
+            hits.append(best >= threshold)
             if hits[-1]:
-                taken.add(number)
-        right = np.cumsum(hits)
-        recalls, precisions = right / len(there), right / np.arange(1, len(hits) + 1)
+                matched.add(number)
+        correct = np.cumsum(hits)
+        recalls, precisions = correct / len(objects), correct / np.arange(1, len(hits) + 1)
         means.append(
             np.mean(
                 [
@@ -148,21 +154,22 @@ def average_precision(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_figures_are_those_computed_by_hand(split: Split, seed: int) -> None:
-    found = noisy(split, seed)
-    figures = score(split, found, masks=True)
+def test_score_matches_average_precision_by_hand(split: Split, seed: int) -> None:
+    detections = noisy(split, seed)
+    metrics = score(split, detections, masks=True)
     for kind, overlap in (("box", box_overlap), ("mask", mask_overlap)):
         by_hand = {
-            t: average_precision(split, found, overlap, t) for t in np.linspace(0.5, 0.95, 10)
+            threshold: average_precision(split, detections, overlap, threshold)
+            for threshold in np.linspace(0.5, 0.95, 10)
         }
         assert 0.1 < by_hand[0.5] < 0.9
-        assert figures[kind]["AP50"] == pytest.approx(by_hand[0.5], abs=1e-9)
-        assert figures[kind]["AP"] == pytest.approx(np.mean(list(by_hand.values())), abs=1e-9)
-    assert figures["box"]["AP50"] != figures["mask"]["AP50"]
+        assert metrics[kind]["AP50"] == pytest.approx(by_hand[0.5], abs=1e-9)
+        assert metrics[kind]["AP"] == pytest.approx(np.mean(list(by_hand.values())), abs=1e-9)
+    assert metrics["box"]["AP50"] != metrics["mask"]["AP50"]
 
 
-def test_masks_are_sorted_by_their_own_area(tmp_path: Path) -> None:
-    # A mask of 100 pixels is small; its box, with 40 x 40, is not.
+def test_score_sorts_masks_by_the_area_of_the_mask(tmp_path: Path) -> None:
+    # The mask covers 81 pixels, which is small; its box, of 41 x 41, is medium.
     from pycocotools import mask as rle
 
     mask = np.zeros((50, 50), np.uint8)
@@ -181,65 +188,66 @@ def test_masks_are_sorted_by_their_own_area(tmp_path: Path) -> None:
     wrong = {"image_id": 1, "category_id": 1, "score": 0.9, "bbox": [0, 0, 41, 41]}
     elsewhere = rle.encode(np.asfortranarray(np.roll(mask, 5, (0, 1))))
     right = wrong | {"score": 0.5, "segmentation": code}
-    figures = score(split, [wrong | {"segmentation": elsewhere}, right], masks=True)
-    # The wrong one is small, too, and counts against what is found among the small.
-    assert figures["mask"]["APs"] == pytest.approx(0.5)
+    metrics = score(split, [wrong | {"segmentation": elsewhere}, right], masks=True)
+    # The wrong detection is small, too, and counts as a false positive among small objects.
+    assert metrics["mask"]["APs"] == pytest.approx(0.5)
 
 
 class Oracle(nn.Module):
-    """Finds everything; knows images by their sizes."""
+    """Detects every object; identifies an image by its size."""
 
     def __init__(self, split: Split) -> None:
         super().__init__()
-        self.known = targets(split)
-        self.sizes = {(i["height"], i["width"]): i["id"] for i in split.content["images"]}
+        self.targets = targets(split)
+        self.ids = {(i["height"], i["width"]): i["id"] for i in split.content["images"]}
         self.seen: list[int] = []
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         (image,) = images
         assert not self.training
-        number = self.sizes[tuple(image.shape[1:])]
-        self.seen.append(number)
+        image_id = self.ids[tuple(image.shape[1:])]
+        self.seen.append(image_id)
         nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-        result = self.known.get(number, nothing)
-        return [result | {"scores": torch.ones(len(result["labels"]))}]
+        output = self.targets.get(image_id, nothing)
+        return [output | {"scores": torch.ones(len(output["labels"]))}]
 
 
-def test_labels_become_the_ids_of_categories_again(tmp_path: Path) -> None:
+def test_detect_converts_labels_to_category_ids(tmp_path: Path) -> None:
     split = stored(tmp_path, content())
     model = Oracle(split)
-    found = detect(model, split, HERE)
+    detections = detect(model, split, ONE_PROCESS)
     assert model.seen == [5, 3, 8]  # the image without objects, too
-    assert {d["category_id"] for d in found} == {7, 13, 90}
-    for figures in score(split, found, masks=True).values():
-        assert figures["AP"] == pytest.approx(1)
-    labels = dict(zip(split.categories, [90, 7, 13], strict=True))
-    mixed = [d | {"category_id": labels[d["category_id"]]} for d in found]
-    assert score(split, mixed, masks=False)["box"]["AP50"] < 0.5
+    assert {d["category_id"] for d in detections} == {7, 13, 90}
+    for values in score(split, detections, masks=True).values():
+        assert values["AP"] == pytest.approx(1)
+    permuted = dict(zip(split.categories, [90, 7, 13], strict=True))
+    wrong = [d | {"category_id": permuted[d["category_id"]]} for d in detections]
+    assert score(split, wrong, masks=False)["box"]["AP50"] < 0.5
 
 
-def test_two_processes_see_each_image_once(tmp_path: Path) -> None:
+def test_detect_splits_images_between_processes(tmp_path: Path) -> None:
     split = stored(tmp_path, content())
     models = []
     for rank in range(2):
         models.append(Oracle(split))
-        alone = DistributedContext(rank, 2, torch.device("cpu"))
-        with pytest.raises(ValueError, match="Default process group"):  # there is none to gather in
-            detect(models[-1], split, alone)
+        one_of_two = DistributedContext(rank, 2, torch.device("cpu"))
+        # Gathering fails, since no process group exists here.
+        with pytest.raises(ValueError, match="Default process group"):
+            detect(models[-1], split, one_of_two)
     assert [model.seen for model in models] == [[5, 8], [3]]
 
 
-def test_a_model_in_training_trains_on(split: Split) -> None:
+def test_detect_restores_training_mode(split: Split) -> None:
     model = build(tiny(), 3).train()
-    detect(model, split, HERE)
+    detect(model, split, ONE_PROCESS)
     assert all(module.training for module in model.modules())
 
 
 class WholeImage(nn.Module):
-    """In the place of the heads: finds the whole of what it is given."""
+    """Replaces the heads: detects one object that covers the whole image."""
 
     def forward(self, features: Any, proposals: Any, sizes: Any, targets: Any = None) -> Any:
-        found = [
+        outputs = [
             {
                 "boxes": torch.tensor([[0.0, 0, width, height]]),
                 "labels": torch.tensor([2]),
@@ -248,45 +256,45 @@ class WholeImage(nn.Module):
             }
             for height, width in sizes
         ]
-        return found, {}
+        return outputs, {}
 
 
-def test_detections_are_in_the_pixels_of_the_file(tmp_path: Path) -> None:
+def test_detect_returns_pixels_of_the_image_file(tmp_path: Path) -> None:
     from pycocotools import mask as rle
 
     split = stored(tmp_path, content())
     model = build(tiny(min_size=64, max_size=100), 3)
     model.roi_heads = WholeImage()
-    for found, (width, height) in zip(
-        detect(model, split, HERE), [(40, 30), (20, 50), (20, 20)], strict=True
+    for detection, (width, height) in zip(
+        detect(model, split, ONE_PROCESS), [(40, 30), (20, 50), (20, 20)], strict=True
     ):
-        assert found["bbox"] == pytest.approx([0, 0, width, height], abs=1e-4)
-        assert found["category_id"] == 13
-        mask = rle.decode(found["segmentation"])
+        assert detection["bbox"] == pytest.approx([0, 0, width, height], abs=1e-4)
+        assert detection["category_id"] == 13
+        mask = rle.decode(detection["segmentation"])
         assert mask.shape == (height, width)
         assert mask[1:-1, 1:-1].all()
 
 
-def test_the_table_has_every_figure(split: Split) -> None:
-    lines = table(score(split, perfect(split), masks=True)).splitlines()
-    assert lines[0].split() == list(NAMES)
+def test_metrics_table_has_every_metric(split: Split) -> None:
+    lines = metrics_table(score(split, perfect(split), masks=True)).splitlines()
+    assert lines[0].split() == list(METRICS)
     for line, kind in zip(lines[1:], ("box", "mask"), strict=True):
         cells = line.split()
         assert cells[:2] == [kind, "1.000"]
         assert len(cells) == 13
-        assert cells[1 + NAMES.index("APl")] == "-"
+        assert cells[1 + METRICS.index("APl")] == "-"
 
 
-def test_the_picture_shows_what_was_found(split: Split, tmp_path: Path) -> None:
-    sure, empty = tmp_path / "sure.png", tmp_path / "empty.png"
-    drawing.draw(split, perfect(split), sure)
+def test_draw_shows_detections(split: Split, tmp_path: Path) -> None:
+    drawn, empty = tmp_path / "drawn.png", tmp_path / "empty.png"
+    drawing.draw(split, perfect(split), drawn)
     drawing.draw(split, [d | {"score": 0.4} for d in perfect(split)], empty)
-    with Image.open(sure) as a, Image.open(empty) as b:
+    with Image.open(drawn) as a, Image.open(empty) as b:
         assert a.size == b.size
         assert np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() > 1
 
 
-def test_a_picture_of_few_images(tmp_path: Path) -> None:
+def test_draw_accepts_few_images(tmp_path: Path) -> None:
     split = stored(tmp_path, content())
-    drawing.draw(split, [], tmp_path / "found.png")
-    assert (tmp_path / "found.png").stat().st_size > 1000
+    drawing.draw(split, [], tmp_path / "few.png")
+    assert (tmp_path / "few.png").stat().st_size > 1000

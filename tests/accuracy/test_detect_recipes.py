@@ -1,4 +1,4 @@
-"""The recipes, number by number, on the detectors and optimizers that are made of them."""
+"""The recipes, field by field, on the detectors and optimizers that are built from them."""
 
 from dataclasses import replace
 
@@ -21,11 +21,11 @@ from simam.messages import UserError
 from tests.helpers.detection import tiny
 
 PAPER = RECIPES["paper-coco"]
-STEPS = 14786  # of an epoch: COCO's train2017 has 118287 images, 117266 of them with objects
-HERE = DistributedContext(0, 1, torch.device("cpu"))
+STEPS = 14786  # per epoch: COCO's train2017 has 118287 images, 117266 of them with objects
+ONE_PROCESS = DistributedContext(0, 1, torch.device("cpu"))
 
 
-class Pictures(Dataset):
+class RandomImages(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
     def __init__(self, count: int) -> None:
         self.count = count
 
@@ -42,10 +42,10 @@ def model() -> nn.Module:
     return build(PAPER, 80)
 
 
-def test_the_paper_trains_with_sgd(model: nn.Module) -> None:
+def test_trainer_uses_sgd_of_the_paper(model: nn.Module) -> None:
     assert (PAPER.epochs, PAPER.batch_size) == (12, 8)
     trainer = Trainer(
-        model, PAPER, HERE, Pictures(8), DistributedBatchSampler(8, PAPER.batch_size, 0)
+        model, PAPER, ONE_PROCESS, RandomImages(8), DistributedBatchSampler(8, PAPER.batch_size, 0)
     )
     assert isinstance(trainer.optimizer, torch.optim.SGD)
     (group,) = trainer.optimizer.param_groups  # norms and biases with the rest
@@ -69,58 +69,58 @@ def test_the_paper_trains_with_sgd(model: nn.Module) -> None:
         (12 * STEPS - 1, 0.0001),
     ],
 )
-def test_the_rate_of_the_paper(step: int, rate: float) -> None:
-    assert PAPER.rate(step, STEPS) == pytest.approx(rate, rel=1e-12)
+def test_learning_rate_of_the_paper(step: int, rate: float) -> None:
+    assert PAPER.learning_rate(step, STEPS) == pytest.approx(rate, rel=1e-12)
 
 
-def test_every_step_is_taken_at_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainer_sets_the_learning_rate_of_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny(model="fasterrcnn_resnet18_fpn", epochs=3, milestones=(1, 2), warmup_steps=3)
     batches = DistributedBatchSampler(8, 4, 0)  # 2 steps in an epoch
-    trainer = Trainer(build(recipe, 1), recipe, HERE, Pictures(8), batches)
+    trainer = Trainer(build(recipe, 1), recipe, ONE_PROCESS, RandomImages(8), batches)
     rates = []
-    taken = trainer.optimizer.step
+    optimizer_step = trainer.optimizer.step
 
     def step() -> None:
         rates.extend(group["lr"] for group in trainer.optimizer.param_groups)
-        taken()
+        optimizer_step()
 
     monkeypatch.setattr(trainer.optimizer, "step", step)
     for _ in range(recipe.epochs):
         trainer.epoch()
     warmup = [0.001, 0.001 + 0.999 / 3, 0.001 + 0.999 * 2 / 3, 1, 1, 1]
-    falls = [1, 1, 0.1, 0.1, 0.01, 0.01]
-    expected = [0.02 * a * b for a, b in zip(warmup, falls, strict=True)]
+    decay = [1, 1, 0.1, 0.1, 0.01, 0.01]
+    expected = [0.02 * a * b for a, b in zip(warmup, decay, strict=True)]
     assert rates == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_paper_freezes_the_stem_and_the_first_stage(model: nn.Module) -> None:
+def test_build_freezes_stem_and_first_stage_of_the_paper(model: nn.Module) -> None:
     frozen = {name.split(".")[2] for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"conv1", "bn1", "layer1"}
-    thawed = {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad}
-    assert {"layer2", "layer3", "layer4"} <= thawed
-    assert not frozen & thawed
+    trained = {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert {"layer2", "layer3", "layer4"} <= trained
+    assert not frozen & trained
 
 
-def test_the_norms_of_the_paper_keep_their_statistics_and_learn_the_rest(model: nn.Module) -> None:
+def test_build_fixes_batch_norm_statistics_of_the_paper(model: nn.Module) -> None:
     model.train()
     norms = {
         n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)
     }
-    assert len(norms) == 53  # those of a ResNet-50, and no others
+    assert len(norms) == 53  # exactly those of a ResNet-50
     assert all(name.startswith("backbone.body.") for name in norms)
     assert not any(norm.training for norm in norms.values())
     assert model.training
     assert model.backbone.body.layer4.training
     for name, norm in norms.items():
-        learns = not name.startswith(("backbone.body.bn1", "backbone.body.layer1"))
-        assert norm.weight.requires_grad == norm.bias.requires_grad == learns
+        trains = not name.startswith(("backbone.body.bn1", "backbone.body.layer1"))
+        assert norm.weight.requires_grad == norm.bias.requires_grad == trains
     norm = model.backbone.body.layer2[0].bn1
     before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
     norm(torch.randn(2, 128, 4, 4))
     assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
 
 
-def test_the_sizes_of_the_paper(model: nn.Module) -> None:
+def test_build_uses_sizes_of_the_paper(model: nn.Module) -> None:
     assert (model.transform.min_size, model.transform.max_size) == ((800,), 1333)
     assert PAPER.flip == 0.5
     assert model.backbone.out_channels == 256
@@ -129,9 +129,7 @@ def test_the_sizes_of_the_paper(model: nn.Module) -> None:
     assert model.roi_heads.box_predictor.cls_score.out_features == 81
 
 
-def test_simam_is_behind_every_3x3_of_the_backbone_with_the_lambda_of_the_paper(
-    model: nn.Module,
-) -> None:
+def test_build_attaches_simam_after_every_3x3_convolution(model: nn.Module) -> None:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SimAM)}
     depths = {1: 3, 2: 4, 3: 6, 4: 3}
     assert set(layers) == {
@@ -145,7 +143,7 @@ def test_simam_is_behind_every_3x3_of_the_backbone_with_the_lambda_of_the_paper(
     assert list(plain.state_dict()) == list(model.state_dict())
 
 
-def test_the_detectors_are_those_of_torchvision() -> None:
+def test_build_matches_torchvision() -> None:
     from torchvision.models import detection
 
     for name in ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"):
@@ -160,7 +158,7 @@ def test_the_detectors_are_those_of_torchvision() -> None:
 
 
 @pytest.mark.parametrize("stages", range(5))
-def test_frozen_stages(stages: int) -> None:
+def test_build_freezes_stages(stages: int) -> None:
     with torch.device("meta"):
         body = build(tiny(frozen_stages=stages), 1).backbone.body
     frozen = {name.split(".")[0] for name, p in body.named_parameters() if not p.requires_grad}
@@ -168,24 +166,24 @@ def test_frozen_stages(stages: int) -> None:
     assert frozen == set(order[: stages + 2] if stages else [])
 
 
-def test_norms_that_learn_their_statistics() -> None:
+def test_build_without_norm_eval_trains_batch_norm_statistics() -> None:
     model = build(tiny(), 1).train()
     assert all(m.training for m in model.modules())
 
 
 @pytest.mark.parametrize(("epochs", "milestones"), [(24, (16, 22)), (6, (4, 5.5)), (12, (8, 11))])
-def test_other_epochs_move_the_milestones(epochs: int, milestones: tuple[float, ...]) -> None:
-    assert PAPER.changed({"epochs": epochs}).milestones == pytest.approx(milestones)
+def test_override_of_epochs_scales_milestones(epochs: int, milestones: tuple[float, ...]) -> None:
+    assert PAPER.override({"epochs": epochs}).milestones == pytest.approx(milestones)
 
 
-def test_given_milestones_stay() -> None:
-    assert PAPER.changed({"epochs": 24, "milestones": (20.0,)}).milestones == (20.0,)
+def test_override_keeps_given_milestones() -> None:
+    assert PAPER.override({"epochs": 24, "milestones": (20.0,)}).milestones == (20.0,)
 
 
-def test_only_what_is_asked_for_changes() -> None:
-    changed = PAPER.changed({"lr": 0.5})
-    assert changed == replace(PAPER, lr=0.5)
-    assert isinstance(changed, Recipe)
+def test_override_changes_only_given_fields() -> None:
+    recipe = PAPER.override({"lr": 0.5})
+    assert recipe == replace(PAPER, lr=0.5)
+    assert isinstance(recipe, Recipe)
 
 
 @pytest.mark.parametrize(
@@ -197,9 +195,9 @@ def test_only_what_is_asked_for_changes() -> None:
         ({"batch_size": 0}, "--batch-size: expected 1 or more, got 0"),
         ({"lr": 0.0}, "--lr: expected more than 0, got 0.0"),
         ({"lr": float("nan")}, "--lr: expected more than 0, got nan"),
-        ({"momentum": 1.0}, "--momentum: expected 0 or more and less than 1, got 1.0"),
+        ({"momentum": 1.0}, "--momentum: expected at least 0 and less than 1, got 1.0"),
         ({"weight_decay": -1.0}, "--weight-decay: expected 0 or more, got -1.0"),
-        ({"milestones": (0.0, 2.0)}, "--milestones: expected epochs after the start, got 0.0 2.0"),
+        ({"milestones": (0.0, 2.0)}, "--milestones: expected epochs greater than 0, got 0.0 2.0"),
         ({"warmup_steps": -1}, "--warmup-steps: expected 0 or more, got -1"),
         ({"warmup_factor": 2.0}, "--warmup-factor: expected 0 to 1, got 2.0"),
         ({"e_lambda": 0.0}, "--e-lambda: expected more than 0, got 0.0"),
@@ -212,6 +210,6 @@ def test_only_what_is_asked_for_changes() -> None:
         ({"anchor_sizes": (8, 16)}, "--anchor-sizes: expected five sizes of 1 or more, got 8 16"),
     ],
 )
-def test_numbers_out_of_range(changes: dict[str, object], text: str) -> None:
+def test_recipe_refuses_values_out_of_range(changes: dict[str, object], text: str) -> None:
     with pytest.raises(UserError, match=text):
-        PAPER.changed(changes)
+        PAPER.override(changes)

@@ -1,18 +1,28 @@
-"""What the tests of detection share: small sets in COCO's format, and detect.py itself."""
+"""Shared by the tests of detection: small data sets in COCO's format, and calls of detect.py."""
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torchvision
 from PIL import Image
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
+import simam
 from benchmarks.accuracy import detect
-from benchmarks.accuracy.detection.coco import Split, read
+from benchmarks.accuracy.common import log
+from benchmarks.accuracy.detection import drawing, training
+from benchmarks.accuracy.detection.coco import Content, Split, read
+from benchmarks.accuracy.detection.options import PROG, parse
 from benchmarks.accuracy.detection.recipes import RECIPES, Recipe
 
-# The shapes' recipe, so small that a step takes a fraction of a second.
+# Changes to the recipe "shapes" with which a step takes a fraction of a second.
 TINY = {
     "min_size": 32,
     "max_size": 48,
@@ -24,16 +34,49 @@ TINY = {
 }
 TINY_OPTIONS = [word for k, v in TINY.items() for word in (f"--{k.replace('_', '-')}", str(v))]
 
-Content = dict[str, list[dict[str, Any]]]
+# Of child processes: the modules of this checkout and the simam that is tested, on one thread.
+ROOTS = [str(Path(module.__file__).parents[n]) for n, module in ((2, detect), (1, simam))]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(ROOTS), "OMP_NUM_THREADS": "1"}
+
 Capture = pytest.CaptureFixture[str]
 
 
-def tiny(**changes: Any) -> Recipe:
-    return RECIPES["shapes"].changed(TINY | changes)
+def tiny(**overrides: Any) -> Recipe:
+    return RECIPES["shapes"].override(TINY | overrides)
+
+
+class NarrowResNet(ResNet):
+    """torchvision's ResNet-18 with an eighth of the channels behind the stem."""
+
+    def __init__(self, norm_layer: Callable[..., nn.Module]) -> None:
+        super().__init__(BasicBlock, [2, 2, 2, 2], norm_layer=norm_layer)
+        self.fc = nn.Linear(512 // 8, 1000)
+
+    def _make_layer(self, block: Any, planes: int, *arguments: Any, **options: Any) -> Any:
+        return super()._make_layer(block, planes // 8, *arguments, **options)
+
+
+@contextmanager
+def narrow_backbones() -> Iterator[None]:
+    """Replace ResNet-18, the backbone of the recipe "shapes", by `NarrowResNet`."""
+
+    def get_model(name: str, *, weights: None, norm_layer: Callable[..., nn.Module]) -> nn.Module:
+        assert name == "resnet18"
+        return NarrowResNet(norm_layer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.models, "get_model", get_model)
+        yield
+
+
+def skip_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no PNG files, for tests that do not look at them."""
+    monkeypatch.setattr(drawing, "draw", lambda *arguments: None)
+    monkeypatch.setattr(log, "plot", lambda *arguments: None)
 
 
 def content() -> Content:
-    """Two images, four objects; the ids of categories neither start at 1 nor are in order."""
+    """Three images and four objects; category ids neither start at 1 nor are sorted."""
     return {
         "images": [
             {"id": 5, "file_name": "a.png", "width": 40, "height": 30},
@@ -55,7 +98,7 @@ def content() -> Content:
 
 
 def annotation(number: int, image: int, category: int, box: list[float]) -> dict[str, Any]:
-    """An object that fills its box, as a polygon."""
+    """An object whose mask, a polygon, fills its box."""
     x, y, w, h = box
     return {
         "id": number,
@@ -69,7 +112,7 @@ def annotation(number: int, image: int, category: int, box: list[float]) -> dict
 
 
 def store(root: Path, written: Content | str, split: str = "val") -> Path:
-    """Write a split; its images, which all are there, hold noise."""
+    """Write a split; the images contain noise."""
     (root / "annotations").mkdir(exist_ok=True)
     (root / split).mkdir(exist_ok=True)
     random = np.random.default_rng(0)
@@ -86,16 +129,17 @@ def stored(root: Path, written: Content, *, masks: bool = True) -> Split:
 
 
 def run(*arguments: object) -> Any:
-    return detect.run(detect.parse("detect", [str(argument) for argument in arguments]))
+    """Train or evaluate with these options; returns the metrics."""
+    return training.run(parse([str(argument) for argument in arguments]))
 
 
-def message(capsys: Capture, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
-    """What detect.py says of a mistake, after checking that it says nothing else."""
-    monkeypatch.setattr("sys.argv", ["detect.py", *map(str, arguments)])
+def error_message(capsys: Capture, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    """Run detect.py with a user error; return its message, which must be the only output."""
+    monkeypatch.setattr("sys.argv", [PROG, *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
         detect.main()
     assert stopped.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "Traceback" not in err
-    return err.partition("detect.py: error: ")[2].strip()
+    return err.partition(f"{PROG}: error: ")[2].strip()

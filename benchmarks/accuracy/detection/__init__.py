@@ -1,1 +1,1 @@
-"""Detection with SimAM in the backbone: recipes, data in COCO's format, detectors, evaluation."""
+"""Object detection with SimAM in the backbone: recipes, COCO data, training, evaluation."""

@@ -1,4 +1,4 @@
-"""torchvision's Faster and Mask R-CNN on a ResNet with a feature pyramid, with SimAM or without."""
+"""torchvision's Faster and Mask R-CNN with a ResNet backbone, with or without SimAM."""
 
 from pathlib import Path
 
@@ -18,25 +18,25 @@ from simam.state_dict import compare, load_strictly, read
 from .recipes import Recipe
 
 _STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
-_ROI_SIZE = 7  # of a region's map, as torchvision's box head takes it
+_ROI_SIZE = 7  # side of the feature map of a region in torchvision's box head
 
 
-class FixedNorm(nn.BatchNorm2d):
-    """Batch norm that keeps its statistics in training, too; its scale and shift learn."""
+class FixedStatsBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that uses its running statistics in training, too; its weight and bias train."""
 
-    def train(self, mode: bool = True) -> "FixedNorm":
+    def train(self, mode: bool = True) -> "FixedStatsBatchNorm2d":
         return super().train(False)
 
 
 def build(recipe: Recipe, categories: int) -> FasterRCNN:
-    """A detector with random weights.
+    """Build a detector with random weights.
 
     Args:
-        recipe (Recipe): which one, with which attention, and its sizes.
-        categories (int): how many it tells apart, without the background.
+        recipe (Recipe): the detector, its attention and its sizes.
+        categories (int): number of categories, without the background.
     """
     name = recipe.model.split("_")[1]
-    norm = FixedNorm if recipe.norm_eval else nn.BatchNorm2d
+    norm = FixedStatsBatchNorm2d if recipe.norm_eval else nn.BatchNorm2d
     body = torchvision.models.get_model(name, weights=None, norm_layer=norm)
     if recipe.frozen_stages:
         for stage in _STAGES[: recipe.frozen_stages + 2]:
@@ -71,15 +71,16 @@ def build(recipe: Recipe, categories: int) -> FasterRCNN:
 
 
 def load_backbone(model: FasterRCNN, path: Path, recipe: Recipe) -> None:
-    """Load the weights of a classifier into a detector's backbone.
+    """Load the weights of a classifier into the backbone of a detector.
 
     Args:
         model (FasterRCNN): changed in place.
-        path (Path): a file of ImageNet, of the authors or of one's own; its classifier is left out.
-        recipe (Recipe): with which the model was built.
+        path (Path): weights of the backbone's network, by the authors or from any other training;
+            the last layer of a classifier is ignored.
+        recipe (Recipe): the recipe that the model was built with.
 
     Raises:
-        UserError: the file cannot be read, or is that of another network.
+        UserError: the file cannot be read, or its weights are of another network.
     """
     body = model.backbone.body
     try:
@@ -87,10 +88,10 @@ def load_backbone(model: FasterRCNN, path: Path, recipe: Recipe) -> None:
         if is_authors(state):
             if recipe.attention == "none":
                 raise UserError(
-                    f"{path} is a network with SimAM, and this detector has none: "
+                    f"{path} has the weights of a network with SimAM, and this detector has none: "
                     "use --attention simam, or the weights of a plain network"
                 )
-            simam.attach(body, e_lambda=E_LAMBDA)  # that of the file; then that of the recipe
+            simam.attach(body, e_lambda=E_LAMBDA)  # as in the file; then as in the recipe
             simam.load_checkpoint(body, path)
             simam.attach(body, e_lambda=recipe.e_lambda)
             return

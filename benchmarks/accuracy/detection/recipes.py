@@ -1,5 +1,6 @@
-"""Recipes: under a name, every number that decides what a detector learns."""
+"""Recipes: named sets of every hyperparameter that decides what a detector learns."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,46 +14,55 @@ MODELS = tuple(
 ATTENTION = "simam", "none"
 
 
-def _is(meaning: str) -> Any:
-    return field(metadata={"help": meaning})
+def _described(text: str) -> Any:
+    """A field with a help text for the command line."""
+    return field(metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a training; each is an option of the command line."""
+    """The hyperparameters of a training; each is an option of the command line."""
 
-    model: str = _is(f"the detector: {', '.join(MODELS)}")
-    attention: str = _is(f"in the backbone: {', '.join(ATTENTION)}")
-    epochs: int = _is("how often to see all images; the milestones move with it")
-    batch_size: int = _is("images of one step, in all processes and accumulations together")
-    lr: float = _is("learning rate of SGD")
-    momentum: float = _is("its momentum")
-    weight_decay: float = _is("its weight decay, on all that trains")
-    milestones: tuple[float, ...] = _is("after how many epochs the rate falls to a tenth")
-    warmup_steps: int = _is("steps in which the rate grows linearly")
-    warmup_factor: float = _is("the part of the rate that it starts from")
-    e_lambda: float = _is("lambda of SimAM")
-    min_size: int = _is("shorter side of an image, in pixels")
-    max_size: int = _is("the most of its longer side")
-    flip: float = _is("how often an image is mirrored, from 0 to 1")
-    frozen_stages: int = _is("stages of the backbone that do not train; 1 is the stem and layer1")
-    norm_eval: bool = _is("batch norms of the backbone keep the statistics they are given")
-    channels: int = _is(
-        "channels of the pyramid and the mask head; the box head has 4 times as many"
+    model: str = _described(f"the detector: {', '.join(MODELS)}")
+    attention: str = _described(f"attention in the backbone: {', '.join(ATTENTION)}")
+    epochs: int = _described("passes over the training images; the milestones scale with them")
+    batch_size: int = _described(
+        "images per optimizer step, over all processes and gradient-accumulation steps"
     )
-    regions: int = _is("regions of an image that the heads learn from in one step")
-    anchor_sizes: tuple[int, ...] = _is("sides of the anchors at the five levels, in pixels")
+    lr: float = _described("learning rate of SGD")
+    momentum: float = _described("momentum of SGD")
+    weight_decay: float = _described("weight decay of SGD, for every trained parameter")
+    milestones: tuple[float, ...] = _described(
+        "epochs after which the learning rate falls to a tenth"
+    )
+    warmup_steps: int = _described("optimizer steps of linear warmup")
+    warmup_factor: float = _described("fraction of the learning rate at which warmup starts")
+    e_lambda: float = _described("lambda of SimAM")
+    min_size: int = _described("length of the shorter side of an image, in pixels")
+    max_size: int = _described("upper limit of the longer side, in pixels")
+    flip: float = _described("probability that an image is mirrored, from 0 to 1")
+    frozen_stages: int = _described(
+        "backbone stages that do not train; 1 is the stem and layer1, 0 none"
+    )
+    norm_eval: bool = _described(
+        "batch norms of the backbone keep their running statistics during training"
+    )
+    channels: int = _described(
+        "channels of the feature pyramid and the mask head; the box head has 4 times as many"
+    )
+    regions: int = _described("region proposals per image that the heads train on in one step")
+    anchor_sizes: tuple[int, ...] = _described("anchor sizes of the five pyramid levels, in pixels")
 
     def __post_init__(self) -> None:
-        for name, right, expected in (
+        for name, valid, expected in (
             ("model", self.model in MODELS, f"one of {', '.join(MODELS)}"),
             ("attention", self.attention in ATTENTION, f"one of {', '.join(ATTENTION)}"),
             ("epochs", self.epochs >= 1, "1 or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),
             ("lr", self.lr > 0, "more than 0"),
-            ("momentum", 0 <= self.momentum < 1, "0 or more and less than 1"),
+            ("momentum", 0 <= self.momentum < 1, "at least 0 and less than 1"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("milestones", all(m > 0 for m in self.milestones), "epochs after the start"),
+            ("milestones", all(m > 0 for m in self.milestones), "epochs greater than 0"),
             ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
             ("warmup_factor", 0 <= self.warmup_factor <= 1, "0 to 1"),
             ("e_lambda", 0 < self.e_lambda < float("inf"), "more than 0"),
@@ -68,36 +78,37 @@ class Recipe:
                 "five sizes of 1 or more",
             ),
         ):
-            if not right:
+            if not valid:
                 option, got = f"--{name.replace('_', '-')}", getattr(self, name)
                 got = " ".join(map(str, got)) if isinstance(got, tuple) else got
                 raise UserError(f"{option}: expected {expected}, got {got}")
 
     @property
     def masks(self) -> bool:
-        """Whether the detector finds masks, too."""
+        """Whether the detector predicts masks, too."""
         return self.model.startswith("maskrcnn")
 
-    def changed(self, changes: dict[str, Any]) -> "Recipe":
-        """This recipe with other numbers; milestones that are not among them keep their place.
+    def override(self, values: Mapping[str, Any]) -> "Recipe":
+        """Return a copy with other values; milestones scale with the epochs unless given.
 
         Raises:
-            UserError: a number is out of its range.
+            UserError: a value is out of range.
         """
-        changed = replace(self, **changes)
-        if "milestones" in changes:
-            return changed
-        stretch = changed.epochs / self.epochs
-        return replace(changed, milestones=tuple(m * stretch for m in self.milestones))
+        recipe = replace(self, **values)
+        if "milestones" in values:
+            return recipe
+        factor = recipe.epochs / self.epochs
+        return replace(recipe, milestones=tuple(m * factor for m in self.milestones))
 
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of a step.
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of an optimizer step.
 
         Args:
             step (int): number of the step, from 0.
-            steps (int): steps in an epoch.
+            steps_per_epoch (int): optimizer steps in an epoch.
         """
-        rate = self.lr * 0.1 ** sum(step >= round(epoch * steps) for epoch in self.milestones)
+        passed = sum(step >= round(epoch * steps_per_epoch) for epoch in self.milestones)
+        rate = self.lr * 0.1**passed
         if step < self.warmup_steps:
             start = self.warmup_factor
             rate *= start + (1 - start) * step / self.warmup_steps
@@ -105,7 +116,7 @@ class Recipe:
 
 
 RECIPES = {
-    # The paper's training on COCO. Where it says nothing, the detector is torchvision's.
+    # The paper's training on COCO. What the paper leaves open is as in torchvision's detector.
     "paper-coco": Recipe(
         model="fasterrcnn_resnet50_fpn",
         attention="simam",
@@ -127,7 +138,7 @@ RECIPES = {
         regions=512,
         anchor_sizes=(32, 64, 128, 256, 512),
     ),
-    # From random weights to a detector of drawn shapes within minutes, on two cores.
+    # Trains a detector of drawn shapes from random weights, in minutes on two cores.
     "shapes": Recipe(
         model="maskrcnn_resnet18_fpn",
         attention="simam",

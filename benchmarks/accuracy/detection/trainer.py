@@ -1,6 +1,4 @@
-"""The training of a detector."""
-
-from typing import Any
+"""Trains a detector for one epoch at a time."""
 
 import torch
 from timm.utils import distribute_bn
@@ -17,16 +15,16 @@ from .recipes import Recipe
 
 
 class Trainer(BaseTrainer):
-    """A detector in training.
+    """Trains a detector by a recipe.
 
     Args:
         model (nn.Module): a detector of torchvision, on its device.
-        recipe (Recipe): the numbers.
-        dist_context (DistributedContext): that train together.
-        data (Dataset): images and targets.
-        batches (DistributedBatchSampler): in which order.
-        amp (str): "none", or the dtype of what autocast computes.
-        workers (int): processes that prepare images.
+        recipe (Recipe): the hyperparameters.
+        dist_context (DistributedContext): the processes that train together.
+        data (Dataset): images and their targets.
+        batches (DistributedBatchSampler): the order of the data.
+        amp (str): "none", "bfloat16" or "float16", the dtype of automatic mixed precision.
+        workers (int): worker processes that load data.
     """
 
     def __init__(
@@ -34,7 +32,7 @@ class Trainer(BaseTrainer):
         model: nn.Module,
         recipe: Recipe,
         dist_context: DistributedContext,
-        data: Dataset,
+        data: Dataset[tuple[Tensor, dict[str, Tensor]]],
         batches: DistributedBatchSampler,
         *,
         amp: str = "none",
@@ -42,7 +40,7 @@ class Trainer(BaseTrainer):
     ) -> None:
         optimizer = torch.optim.SGD(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=recipe.rate(0, batches.steps_per_epoch),
+            lr=recipe.learning_rate(0, batches.steps_per_epoch),
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
         )
@@ -55,44 +53,49 @@ class Trainer(BaseTrainer):
         """Train for one epoch.
 
         Returns:
-            dict of str to float: mean losses; "loss" is their sum, which is what falls.
+            dict of str to float: the mean of each loss; "loss" is their sum, which is minimised.
 
         Raises:
-            UserError: the loss is no number any more.
+            UserError: the loss is not finite.
         """
         self.parallel.train()
-        steps, parts = self.batches.steps_per_epoch, self.accumulation_steps
-        self.batches.epoch = number = self.step // steps
+        steps, world_size = self.batches.steps_per_epoch, self.dist_context.world_size
+        self.batches.epoch = epoch = self.step // steps
         sums: dict[str, Tensor] = {}
-        turns = iter(self.loader)
-        quiet = None if self.dist_context.is_primary else True  # none: unless there is no terminal
-        for _ in tqdm(range(steps), f"epoch {number + 1}", leave=False, disable=quiet):
-            rate = self.recipe.rate(self.step, steps)
+        micro_batches = iter(self.loader)
+        # None shows the progress bar only on a terminal.
+        disable = None if self.dist_context.is_primary else True
+        for _ in tqdm(range(steps), f"epoch {epoch + 1}", leave=False, disable=disable):
+            rate = self.recipe.learning_rate(self.step, steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            for turn in range(parts):
-                for name, loss in self._turn(next(turns), turn).items():
+            for accumulation_step in range(self.accumulation_steps):
+                losses = self._accumulate(next(micro_batches), accumulation_step)
+                for name, loss in losses.items():
                     sums[name] = sums.get(name, 0) + loss.double()
             self.optimizer_step()
-        if self.dist_context.world_size > 1:  # each has seen other images; the first one's are kept
-            distribute_bn(self.model, self.dist_context.world_size)
-        values = self.dist_context.all_reduce_sum(torch.stack(list(sums.values())))
-        values = values / (steps * parts * self.dist_context.world_size)
-        return dict(zip(sums, values.tolist(), strict=True))
+        if world_size > 1:
+            # Running statistics differ, as each process saw other images; keep the primary's.
+            distribute_bn(self.model, world_size)
+        means = self.dist_context.all_reduce_sum(torch.stack(list(sums.values())))
+        means /= steps * self.accumulation_steps * world_size
+        return dict(zip(sums, means.tolist(), strict=True))
 
-    def _turn(self, examples: list[tuple[Tensor, dict[str, Tensor]]], turn: int) -> dict[str, Any]:
-        """Add the gradients of a part of a batch; its losses."""
+    def _accumulate(
+        self, examples: list[tuple[Tensor, dict[str, Tensor]]], accumulation_step: int
+    ) -> dict[str, Tensor]:
+        """Add the gradients of a micro-batch to those of the optimizer step; return its losses."""
         device = self.dist_context.device
         images = [image.to(device) for image, _ in examples]
         targets = [{name: t.to(device) for name, t in target.items()} for _, target in examples]
-        with self.micro_batch(turn):
+        with self.micro_batch(accumulation_step):
             with autocast(device, self.amp):
                 losses = self.parallel(images, targets)
                 loss = sum(losses.values())
             if not loss.isfinite():
-                each = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+                values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
                 raise UserError(
-                    f"the loss is {loss.item()} at step {self.step} ({each}); lower --lr, or "
+                    f"the loss is {loss.item()} at step {self.step} ({values}); lower --lr, or "
                     "train with --amp none or bfloat16"
                 )
             self.backward(loss)
