@@ -491,6 +491,8 @@ def test_recalibrate_averages_over_the_batches_of_all_processes(tmp_path: Path) 
 
 
 def test_recalibrate_recovers_outputs_of_a_real_network() -> None:
+    for package in ("timm", "skimage.data", "torchvision"):
+        pytest.importorskip(package, reason="a real network and real photographs")
     real = importlib.import_module("tests.networks.test_real_weights")  # or skips
     model = real.timm.create_model("tf_efficientnet_lite0").eval()
     model.load_state_dict(real.to_timm(real.read_weights()))
