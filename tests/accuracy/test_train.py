@@ -179,7 +179,7 @@ def test_resume_after_kill_matches_uninterrupted_run(tmp_path: Path, few: list[s
     assert_same(*(load(tmp_path / folder / "last.pth") for folder in ("killed", "whole")))
 
 
-@pytest.mark.parametrize("attention", ["simam", "se"])
+@pytest.mark.parametrize("attention", ["simam", pytest.param("se", marks=pytest.mark.sweep)])
 def test_train_on_two_processes_matches_accumulation(
     tmp_path: Path, few: list[str], attention: str
 ) -> None:

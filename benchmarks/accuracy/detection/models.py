@@ -92,8 +92,10 @@ def load_backbone(model: FasterRCNN, path: Path, recipe: Recipe) -> None:
                     "use --attention simam, or the weights of a plain network"
                 )
             simam.attach(body, e_lambda=E_LAMBDA)  # as in the file; then as in the recipe
-            simam.load_checkpoint(body, path)
-            simam.attach(body, e_lambda=recipe.e_lambda)
+            try:
+                simam.load_checkpoint(body, path)
+            finally:
+                simam.attach(body, e_lambda=recipe.e_lambda)
             return
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
