@@ -20,7 +20,6 @@ def run_dense(kernel: DenseKernel, x: Tensor, grad_output: Tensor | None = None)
     elif x.movedim(1, -1).is_contiguous():
         channels_last = True
     else:
-        grad_output = None if grad_output is None else grad_output.contiguous()
         return torch.empty_like(x).copy_(run_dense(kernel, x.contiguous(), grad_output))
     if grad_output is not None and grad_output.stride() != x.stride():
         grad_output = torch.empty_like(x).copy_(grad_output)
