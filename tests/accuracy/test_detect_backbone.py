@@ -46,9 +46,15 @@ def stages(network: nn.Module) -> list[Tensor]:
         return feature_maps
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-@pytest.mark.parametrize("write", [publish, publish_detector])
-@pytest.mark.parametrize("norm_eval", [True, False])
+@pytest.mark.parametrize(
+    ("name", "write", "norm_eval"),  # every pair of values
+    [
+        ("resnet18", publish, True),
+        ("resnet18", publish_detector, False),
+        ("resnet50", publish, False),
+        ("resnet50", publish_detector, True),
+    ],
+)
 def test_load_backbone_reads_the_authors_files(
     name: str, write: Any, norm_eval: bool, tmp_path: Path
 ) -> None:

@@ -84,6 +84,19 @@ HOSTS = {
 QUICK = {"torchvision/resnet18", "torchvision/r3d_18", "timm/tf_mobilenetv3_small_minimal_100"}
 
 
+# One network for each class of host: Conv2d, Conv3d and the subclasses of timm.
+EVERY_CLASS = QUICK | {
+    "timm/resnetv2_50x1_bit",
+    "timm/tf_mixnet_s",
+    "timm/tf_efficientnet_cc_b0_4e",
+}
+
+
+def sampled(sample: set[str]) -> list[object]:
+    """Test cases for every network; those outside the sample are marked sweep."""
+    return [pytest.param(name, marks=[] if name in sample else pytest.mark.sweep) for name in HOSTS]
+
+
 def networks() -> list[object]:
     """Test cases for every network that is one graph; all but the quick ones are marked sweep.
 
