@@ -241,8 +241,8 @@ def test_build_draws_same_weights_for_every_attention(name: str) -> None:
         ("resnet19", "none", "unknown model 'resnet19'; close names: .*resnet18"),
         ("fasterrcnn_resnet50_fpn", "none", "does not classify single images"),
         ("efficientnet_b0", "se", "no attention of its own, efficientnet_b0 has no such block"),
-        ("vgg11", "eca", "use --attention simam or none"),
-        ("vgg11", "simam", "--attention simam: vgg11: "),
+        ("squeezenet1_1", "eca", "use --attention simam or none"),
+        ("squeezenet1_1", "simam", "--attention simam: squeezenet1_1: "),
     ],
 )
 def test_build_refuses(name: str, attention: str, message: str) -> None:

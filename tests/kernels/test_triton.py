@@ -78,7 +78,8 @@ def test_forward_and_backward_with_every_tile_config(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for shape in SHAPES:
+    # The dtype changes only loads and stores, so half precision takes the two longest shapes.
+    for shape in SHAPES if dtype == torch.float32 else SHAPES[-2:]:
         chosen = CONFIGS[config](1 << (shape[2] - 1).bit_length())
         # As `choose_config` does: one split covers all tiles, and no split is empty.
         tiles = -(-shape[2] // chosen.block_m)
@@ -149,9 +150,14 @@ def test_forward_and_backward_in_every_layout(layout: str) -> None:
 
 @runs_kernels
 @both_layouts
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_splits", [1, 3])
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("poison", "dtype"),
+    [
+        *itertools.product([math.nan, math.inf], [torch.float32, torch.bfloat16]),
+        (-math.inf, torch.float32),
+    ],
+)
 def test_forward_and_backward_keep_nan_and_inf_in_their_channel(
     channels_last: bool,
     dtype: torch.dtype,

@@ -82,7 +82,6 @@ NONE_SAMPLE = {
     "timm/inception_v3",
     "timm/lcnetv2_small",  # no skips at all
     "timm/levit_128",
-    "timm/mobileone_s0",  # re-parameterisable sums
     "timm/repvit_m1",
     "timm/selecsls42",
     "timm/test_vit2",
