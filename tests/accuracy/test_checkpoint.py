@@ -29,7 +29,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.003, 0.007, 0.013, 0.03])
+@pytest.mark.parametrize("delay", [0.0, 0.007, 0.03])
 def test_save_survives_kill(tmp_path: Path, delay: float) -> None:
     path = tmp_path / "last.pth"
     roots = [str(Path(__file__).parents[2]), str(Path(simam.__file__).parents[1])]

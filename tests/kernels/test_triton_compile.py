@@ -125,7 +125,11 @@ def test_kernel_compiles(
 
 
 @pytest.mark.parametrize("name", ["forward_looped", "backward_looped"])
-@both_layouts
+@pytest.mark.parametrize(
+    "channels_last",
+    [pytest.param(False, marks=pytest.mark.sweep), True],
+    ids=["contiguous", "channels_last"],
+)
 def test_looped_kernel_compiles_with_several_splits(name: str, channels_last: bool) -> None:
     backward = KERNELS[name][1]
     code = compile_kernel(name, SHAPES["split"], channels_last, torch.float16, backward=backward)
