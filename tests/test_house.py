@@ -16,7 +16,9 @@ LAYERS = [
     {"kernels"},
     {"reference", "ops"},
     {"functional"},
-    {"module", "placement"},
+    {"module"},
+    {"hosts"},
+    {"placement"},
     {"attach", "checkpoints", "models", "recalibrate", "attention_maps"},
     {""},  # simam itself, which holds the public names
     {"cli"},
@@ -24,7 +26,6 @@ LAYERS = [
 ]
 WITHIN_A_LAYER = {
     ("ops", "reference"),
-    ("attention_maps", "attach"),
     ("models", "attach"),
     ("models", "checkpoints"),
 }

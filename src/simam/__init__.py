@@ -1,7 +1,7 @@
 """SimAM, parameter-free attention for convolutional networks."""
 
 from . import functional
-from .attach import attach, detach
+from .attach import attach, attached, detach, detached
 from .attention_maps import attention_maps
 from .checkpoints import load_checkpoint
 from .kernels import kernels_info
@@ -15,8 +15,10 @@ __all__ = [
     "SimAM",
     "Unanalysed",
     "attach",
+    "attached",
     "attention_maps",
     "detach",
+    "detached",
     "functional",
     "kernels_info",
     "load_checkpoint",

@@ -5,16 +5,17 @@ output through that child, as torch's parametrizations do. No parameter or buffe
 `print`, `modules`, copying, pickling, compiling and exporting treat it like any other layer.
 """
 
-import sys
 import warnings
-from functools import cache
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from . import hosts
 from .module import SimAM
 from .placement import Selector, check_module, list_unanalysed, plan
 
@@ -81,12 +82,10 @@ def attach(
             stacklevel=2,
         )
     for convolution in convolutions:
-        convolution.simam = SimAM(e_lambda=e_lambda, statistics=statistics).train(
-            convolution.training
-        )
-        if not isinstance(convolution, _WithSimAM):
-            plain_class: Any = type(convolution)
-            convolution.__class__ = _with_simam(plain_class)
+        layer = SimAM(e_lambda=e_lambda, statistics=statistics)
+        hosts.insert(convolution, layer.train(convolution.training))
+    for module in model.modules():
+        hosts.hide_norm(module)
     return model
 
 
@@ -113,70 +112,76 @@ def detach(model: Model) -> Model:
         )
     """
     check_module(model)
-    attached = {p: m for p, m in model.named_modules() if isinstance(m, _WithSimAM)}
-    for path, convolution in attached.items():
-        if type(convolution) is not _with_simam(convolution.plain_class):
+    changed = {path: m for path, m in model.named_modules() if hosts.is_changed(m)}
+    for path, module in changed.items():
+        if hosts.class_was_changed_since(module):
             raise ValueError(
-                f"{path} has become a {type(convolution).__name__} since SimAM was attached; "
+                f"{path} has become a {type(module).__name__} since SimAM was attached; "
                 "undo that first, for example with torch.nn.utils.parametrize"
             )
-    for convolution in attached.values():
-        del convolution.simam
-        convolution.__class__ = convolution.plain_class
+    for module in changed.values():
+        hosts.undo(module)
     return model
 
 
-class _WithSimAM(nn.Module):
-    """A convolution whose output passes through its child `simam`."""
+def attached(model: nn.Module) -> dict[str, SimAM]:
+    """Return the SimAM layers that `attach` inserted, so that their presence can be asserted.
 
-    plain_class: type
+    Code that builds a network again from a description, as Ultralytics' `train` and
+    `from_pretrained` of Hugging Face do, returns a network without them.
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Folding a batch norm into the convolution would move the norm before SimAM. Torch folds by
-        # assigning to a copy. Other code does so too; there the only sign is a new bias, since a
-        # convolution before a batch norm usually has none.
-        folded_by_torch = sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.fusion"
-        gets_a_bias = name == "bias" and value is not None and getattr(self, name, value) is None
-        if folded_by_torch or gets_a_bias:
-            raise RuntimeError(
-                "cannot give this convolution a bias, as folding a batch norm into it does: "
-                "SimAM comes between the two. Fold before simam.attach, or simam.detach first"
-            )
-        super().__setattr__(name, value)
+    Args:
+        model (nn.Module): the network.
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle cannot import the subclass by name, but it can import the plain class.
-        reduced: Any = super().__reduce_ex__(protocol)
-        return _new, (self.plain_class,), *reduced[2:]
+    Returns:
+        dict of str to SimAM: the layers by the paths of their hosts; empty if there are none.
 
+    Raises:
+        TypeError: model is not a module.
 
-def _new(plain_class: type) -> Any:
-    kind = _with_simam(plain_class)
-    return kind.__new__(kind)
+    Examples:
+        >>> net = attach(nn.Sequential(nn.Conv2d(3, 8, 3)), where="0")
+        >>> attached(net)
+        {'0': SimAM(e_lambda=0.0001, statistics='shared')}
+    """
+    check_module(model)
+    return {path: m.simam for path, m in model.named_modules() if hosts.is_host(m)}
 
 
-@cache
-def _with_simam(plain_class: Any) -> Any:
-    plain_forward = plain_class.forward
+@contextmanager
+def detached(model: Model) -> Iterator[Model]:
+    """Remove the SimAM layers that `attach` inserted for the duration of a `with` block.
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.simam(plain_forward(self, *args, **kwargs))
+    For tools that go by the exact class of a layer, such as thop and torchinfo. The layers return
+    when the block ends, with an error too, to the modules that were their hosts.
 
-    scriptable = plain_forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-    members = {
-        "__doc__": f"{plain_class.__name__}, its output passed through the child `simam`.",
-        # The module of the plain class, so that torch.fx treats both classes as leaves alike.
-        "__module__": plain_class.__module__,
-        "plain_class": plain_class,
-        "forward": _scriptable_forward if scriptable else forward,
-    }
-    return type(f"SimAM{plain_class.__name__}", (_WithSimAM, plain_class), members)
+    Args:
+        model (nn.Module): the network, changed in place.
 
+    Yields:
+        nn.Module: the same model, without attached SimAM.
 
-def _scriptable_forward(self: Any, input: Tensor) -> Tensor:
-    # TorchScript supports neither super() nor variable arguments.
-    output: Tensor = self.simam(self._conv_forward(input, self.weight, self.bias))
-    return output
+    Raises:
+        TypeError, ValueError: as `detach`.
+
+    Examples:
+        >>> net = attach(nn.Sequential(nn.Conv2d(3, 8, 3)), where="0")
+        >>> with detached(net):
+        ...     print(type(net[0]).__name__)
+        Conv2d
+        >>> print(type(net[0]).__name__)
+        SimAMConv2d
+    """
+    layers = [(model.get_submodule(path), layer) for path, layer in attached(model).items()]
+    parents = [m for m in model.modules() if hosts.is_changed(m) and not hosts.is_host(m)]
+    detach(model)
+    try:
+        yield model
+    finally:
+        for host, layer in layers:
+            hosts.insert(host, layer.train(host.training))
+        for parent in parents:
+            hosts.hide_norm(parent)
 
 
 def _check_attachable(path: str, convolution: nn.Module) -> None:
@@ -187,7 +192,7 @@ def _check_attachable(path: str, convolution: nn.Module) -> None:
         problem = "is a TorchScript module; attach before scripting"
     elif any(map(is_lazy, convolution.parameters())):
         problem = "is lazy and not yet initialised; run the model once first"
-    elif hasattr(convolution, "simam") and not isinstance(convolution, _WithSimAM):
+    elif hasattr(convolution, "simam") and not hosts.is_host(convolution):
         problem = "already has an attribute 'simam' of its own; rename it"
     else:
         return

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import _WithSimAM
 from .functional import attention
+from .hosts import is_host
 from .modes import temporary_modes
 from .module import SimAM
 from .placement import check_module
@@ -123,7 +123,7 @@ def _find_layers(model: nn.Module) -> dict[SimAM, str]:
     """Every SimAM layer once, with the path that users know it by."""
     layers: dict[SimAM, str] = {}
     for path, module in model.named_modules():
-        layer = module.simam if isinstance(module, _WithSimAM) else module
+        layer = module.simam if is_host(module) else module
         if isinstance(layer, SimAM):
             layers.setdefault(layer, path)
     return layers

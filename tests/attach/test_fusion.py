@@ -24,10 +24,8 @@ pytestmark = pytest.mark.filterwarnings(
     r"ignore:torch\.ao\.quantization is deprecated:DeprecationWarning",
 )
 
-REFUSAL = (
-    "cannot give this convolution a bias, as folding a batch norm into it does: "
-    "SimAM comes between the two. Fold before simam.attach, or simam.detach first"
-)
+FOLDING = "cannot fold a norm into this convolution, because SimAM comes between the two."
+NEW_BIAS = "cannot give this convolution a bias, as folding a batch norm into it does"
 
 
 @block
@@ -90,7 +88,7 @@ def test_fuse_modules_refuses_the_class(net: nn.Module) -> None:
 def test_attached_convolution_refuses_a_new_bias(net: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
         expected = net(x)
-    with pytest.raises(RuntimeError, match=f"^{re.escape(REFUSAL)}$"):
+    with pytest.raises(RuntimeError, match=f"^{NEW_BIAS}"):
         net[0].conv2.bias = nn.Parameter(torch.zeros(8))
     net[0].conv2.bias = None
     with torch.no_grad():
@@ -100,7 +98,7 @@ def test_attached_convolution_refuses_a_new_bias(net: nn.Module, x: Tensor) -> N
 def test_fuse_conv_bn_refuses_an_attached_convolution(net: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
         expected = net(x)
-        with pytest.raises(RuntimeError, match=f"^{re.escape(REFUSAL)}$"):
+        with pytest.raises(RuntimeError, match=f"^{FOLDING}"):
             fuse_conv_bn_eval(net[0].conv2, net[0].norm2)
         assert torch.equal(net(x), expected)
 

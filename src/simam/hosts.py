@@ -1,0 +1,178 @@
+"""The change of class that makes a module the host of a SimAM layer, as parametrizations do it.
+
+A host gets a child `simam` and a subclass of its own class whose forward passes the output through
+that child. Other code may rebuild, fold or copy a host; it must not lose SimAM without an error.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .module import SimAM
+
+# The names in code that folds a norm, beside the weight; and in code that folds a module by its own
+# method.
+_FOLDED_INTO_WEIGHT = frozenset({"running_var", "eps"})
+_FUSED_FORWARDS = frozenset({"forward_fuse", "fuseforward"})
+
+_FOLDING = (
+    "cannot fold a norm into this convolution, because SimAM comes between the two. Nothing has "
+    "been changed. Fold before simam.attach, or fold a copy after simam.detach"
+)
+_NEW_BIAS = (
+    "cannot give this convolution a bias, as folding a batch norm into it does, because SimAM "
+    "comes between the two. Fold before simam.attach, or fold a copy after simam.detach. If the "
+    "weight has been scaled for the folding already, load the weights again"
+)
+
+
+def is_host(module: object) -> bool:
+    """Return whether `insert` made the module a host."""
+    return isinstance(module, _Host)
+
+
+def insert(host: nn.Module, layer: SimAM) -> None:
+    """Make a module the host of a SimAM layer, or replace the layer of a host."""
+    host.simam = layer
+    if not is_host(host):
+        _change_class(host, _host_class)
+
+
+def hide_norm(parent: nn.Module) -> None:
+    """Keep a norm behind a host from the folding of Ultralytics and its family.
+
+    They fold every module that has `conv`, `bn` and `forward_fuse`, unasked, in predict, val and
+    export. A module of another kind is left as it is.
+    """
+    children = parent._modules
+    is_foldable = _replaces_forward(dir(type(parent)))
+    is_pair = is_host(children.get("conv")) and "bn" in children
+    if is_foldable and is_pair and not isinstance(parent, _NormHidden):
+        _change_class(parent, _norm_hidden_class)
+
+
+def is_changed(module: object) -> bool:
+    """Return whether `insert` or `hide_norm` changed the class of the module."""
+    return isinstance(module, _Changed)
+
+
+def class_was_changed_since(module: Any) -> bool:
+    """Return whether a changed module has another class than `insert` or `hide_norm` gave it."""
+    return type(module) is not module.make_class(module.plain_class)
+
+
+def undo(module: Any) -> None:
+    """Undo `insert` or `hide_norm`."""
+    if is_host(module):
+        del module.simam
+    module.__class__ = module.plain_class
+
+
+def _change_class(module: Any, make_class: Callable[[Any], type]) -> None:
+    module.__class__ = make_class(type(module))
+
+
+class _Changed(nn.Module):
+    """A module whose class was replaced by a subclass."""
+
+    plain_class: type
+    make_class: Callable[[Any], type]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # Libraries build a layer like a given one by type(layer)(...). The new layer has no SimAM.
+        if args or kwargs:
+            return cls.plain_class(*args, **kwargs)
+        return super().__new__(cls)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickle cannot import the subclass by name, but it can import the plain class.
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _new, (self.make_class, self.plain_class), *reduced[2:]
+
+
+def _new(make_class: Callable[[Any], type], plain_class: Any) -> Any:
+    kind: Any = make_class(plain_class)
+    return kind.__new__(kind)
+
+
+class _Host(_Changed):
+    """A module whose output passes through its child `simam`."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Code that folds a norm reads, in one function, the weight of the convolution and the
+        # statistics of the norm, whatever it does with the result.
+        if name == "weight" and _caller_names(_FOLDED_INTO_WEIGHT.issubset):
+            raise RuntimeError(_FOLDING)
+        return super().__getattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Assignment of a parameter calls this, too. A convolution before a batch norm usually has
+        # no bias, so a new bias is the second sign of folding.
+        if name == "bias" and param is not None and self._parameters.get("bias", param) is None:
+            raise RuntimeError(_NEW_BIAS)
+        super().register_parameter(name, param)
+
+
+class _NormHidden(_Changed):
+    """A convolution with its norm and activation, which is not to be folded."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Code that folds in this way asks for a norm and replaces forward by forward_fuse, in one
+        # function. It skips a module that has no norm.
+        if name == "bn" and is_host(self._modules.get("conv")) and _caller_names(_replaces_forward):
+            raise AttributeError("SimAM comes between this norm and its convolution")
+        return super().__getattr__(name)
+
+
+def _replaces_forward(names: Iterable[str]) -> bool:
+    return not _FUSED_FORWARDS.isdisjoint(names)
+
+
+def _caller_names(is_suspicious: Callable[[tuple[str, ...]], bool]) -> bool:
+    """Return whether the code that reads an attribute uses suspicious names."""
+    if torch.compiler.is_compiling():  # compiled code folds nothing, and has no frames
+        return False
+    return is_suspicious(sys._getframe(2).f_code.co_names)
+
+
+@cache
+def _host_class(plain_class: Any) -> type:
+    plain_forward = plain_class.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.simam(plain_forward(self, *args, **kwargs))
+
+    scriptable = plain_forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    members = {
+        "__doc__": f"{plain_class.__name__}, its output passed through the child `simam`.",
+        "forward": _scriptable_forward if scriptable else forward,
+    }
+    return _subclass(_Host, plain_class, f"SimAM{plain_class.__name__}", _host_class, members)
+
+
+@cache
+def _norm_hidden_class(plain_class: Any) -> type:
+    members = {"__doc__": f"{plain_class.__name__}, whose norm is not folded."}
+    return _subclass(_NormHidden, plain_class, plain_class.__name__, _norm_hidden_class, members)
+
+
+def _subclass(
+    mixin: type, plain_class: Any, name: str, make_class: Any, members: dict[str, Any]
+) -> type:
+    members |= {
+        # The module of the plain class, so that torch.fx treats both classes as leaves alike.
+        "__module__": plain_class.__module__,
+        "plain_class": plain_class,
+        "make_class": staticmethod(make_class),
+    }
+    return type(name, (mixin, plain_class), members)
+
+
+def _scriptable_forward(self: Any, input: Tensor) -> Tensor:
+    # TorchScript supports neither super() nor variable arguments.
+    output: Tensor = self.simam(self._conv_forward(input, self.weight, self.bias))
+    return output
