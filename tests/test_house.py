@@ -75,7 +75,7 @@ def test_imports_run_downwards() -> None:
     [
         ("functional", "from .attach import attach", ["functional imports attach"]),
         ("kernels.cpu", "def f():\n    from ..ops import x", ["kernels.cpu imports ops"]),
-        ("placement.rule", "from .. import module", ["placement.rule imports module"]),
+        ("placement.rule", "from .. import attach", ["placement.rule imports attach"]),
         ("attach", "from . import cli, module", ["attach imports cli"]),
         ("checkpoints", "from .attach import attach", ["checkpoints imports attach"]),
         ("state_dict", "from .ops import simam_forward", ["state_dict imports ops"]),
