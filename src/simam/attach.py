@@ -162,7 +162,8 @@ def detached(model: Model) -> Iterator[Model]:
         nn.Module: the same model, without attached SimAM.
 
     Raises:
-        TypeError, ValueError: as `detach`.
+        TypeError, ValueError: as `detach`; also if the block made a host parametrized, which then
+            stays without SimAM.
 
     Examples:
         >>> net = attach(nn.Sequential(nn.Conv2d(3, 8, 3)), where="0")
@@ -172,28 +173,35 @@ def detached(model: Model) -> Iterator[Model]:
         >>> print(type(net[0]).__name__)
         SimAMConv2d
     """
-    layers = [(model.get_submodule(path), layer) for path, layer in attached(model).items()]
+    layers = {path: (model.get_submodule(path), x) for path, x in attached(model).items()}
     parents = [m for m in model.modules() if hosts.is_changed(m) and not hosts.is_host(m)]
     detach(model)
     try:
         yield model
     finally:
-        for host, layer in layers:
-            hosts.insert(host, layer.train(host.training))
+        for host, layer in layers.values():
+            if not _obstacle(host):
+                hosts.insert(host, layer.train(host.training))
         for parent in parents:
             hosts.hide_norm(parent)
+        for path, (host, _) in layers.items():
+            _check_attachable(path, host)
 
 
-def _check_attachable(path: str, convolution: nn.Module) -> None:
-    kind = type(convolution)
-    if parametrize.is_parametrized(convolution):
-        problem = "is parametrized; attach before torch.nn.utils.parametrize, or remove it first"
-    elif isinstance(convolution, ScriptModule):
-        problem = "is a TorchScript module; attach before scripting"
-    elif any(map(is_lazy, convolution.parameters())):
-        problem = "is lazy and not yet initialised; run the model once first"
-    elif hasattr(convolution, "simam") and not hosts.is_host(convolution):
-        problem = "already has an attribute 'simam' of its own; rename it"
-    else:
-        return
-    raise ValueError(f"cannot attach SimAM to {path}: this {kind.__name__} {problem}")
+def _check_attachable(path: str, host: nn.Module) -> None:
+    obstacle = _obstacle(host)
+    if obstacle:
+        kind = type(host).__name__
+        raise ValueError(f"cannot attach SimAM to {path}: this {kind} {obstacle}")
+
+
+def _obstacle(host: nn.Module) -> str:
+    if parametrize.is_parametrized(host):
+        return "is parametrized; attach before torch.nn.utils.parametrize, or remove it first"
+    if isinstance(host, ScriptModule):
+        return "is a TorchScript module; attach before scripting"
+    if any(map(is_lazy, host.parameters())):
+        return "is lazy and not yet initialised; run the model once first"
+    if hasattr(host, "simam") and not hosts.is_host(host):
+        return "already has an attribute 'simam' of its own; rename it"
+    return ""
