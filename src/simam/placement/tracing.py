@@ -22,11 +22,14 @@ class Trace(NamedTuple):
         graph (fx.Graph): the operations, in order.
         owner (dict[fx.Node, str]): the path of the module whose forward ran the operation.
         opaque (set[fx.Node]): calls of modules that could not be traced.
+        outputs (dict[str, list]): the node that each call of a module returned, by the path of the
+            module; None for what is no tensor.
     """
 
     graph: fx.Graph
     owner: dict[fx.Node, str]
     opaque: set[fx.Node]
+    outputs: dict[str, list[fx.Node | None]]
 
 
 def traces(
@@ -60,7 +63,7 @@ def traces(
         except Exception as error:  # the block's code may raise anything
             errors.append(error)
         else:
-            yield Trace(graph, tracer.owner, tracer.opaque)
+            yield Trace(graph, tracer.owner, tracer.opaque, tracer.outputs)
         for asked in range(len(answers), tracer.asked):
             pending.append([*answers, *[False] * (asked - len(answers)), True])
     if len(errors) == attempts:
@@ -98,6 +101,7 @@ class _Tracer(fx.Tracer):
         self.is_optional = is_optional
         self.owner: dict[fx.Node, str] = {}
         self.opaque: set[fx.Node] = set()
+        self.outputs: dict[str, list[fx.Node | None]] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self.is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
@@ -118,14 +122,16 @@ class _Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        path = self.path_of_module(m)
         before = len(self.graph.nodes)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            output = super().call_module(m, forward, args, kwargs)
         except Exception:
             if not self.is_optional(m):
                 raise
             for node in list(self.graph.nodes)[: before - 1 : -1]:
                 self.graph.erase_node(node)
-            proxy = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
-            self.opaque.add(proxy.node)
-            return proxy
+            output = self.create_proxy("call_module", path, args, kwargs)
+            self.opaque.add(output.node)
+        self.outputs.setdefault(path, []).append(getattr(output, "node", None))
+        return output
