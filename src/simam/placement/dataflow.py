@@ -87,7 +87,7 @@ class BlockGraph:
             self._ancestors[node] = {node}.union(*(self._ancestors[o] for o in operands))
             if _operation(node) in _ADD and len(operands) > 1:
                 self._sums[node] = operands
-                if self._is_own(trace.owner[node]):
+                if self._is_own(trace.callers[node]):
                     self._own_sums.append(node)
 
     def residual_branches(self) -> list[Branch]:
@@ -128,11 +128,9 @@ class BlockGraph:
         """The operations on the value of a node."""
         return [user for user in node.users if user in self._ancestors]
 
-    def _is_own(self, owner: str) -> bool:
-        """Whether `owner` is the block itself or a submodule that holds no spatial convolution."""
-        while owner and owner not in self._holders:
-            owner = owner.rpartition(".")[0]
-        return not owner
+    def _is_own(self, callers: tuple[str, ...]) -> bool:
+        """Whether the block itself runs it, or a submodule that holds no spatial convolution."""
+        return self._holders.isdisjoint(callers)
 
     def _reach(self, start: fx.Node, stop: set[fx.Node]) -> set[fx.Node]:
         """The ancestors of `start` back to `stop`, not through gates or attention products."""

@@ -78,11 +78,9 @@ def _norm_behind(graph: BlockGraph, convolution: fx.Node) -> str:
         if len(users) != 1:
             raise NoHostError(f"{convolution.target} is followed by {len(users)} operations")
         name = graph.name(users[0])
-        path = graph.trace.owner[users[0]]
-        while path:
+        for path in graph.trace.callers[users[0]]:
             if _is_norm(graph.modules[path]):
                 return path
-            path = path.rpartition(".")[0]
         if "norm" in name:
             raise NoHostError(f"{convolution.target} is followed by a functional norm, no module")
         if name not in ("cat", "concat") and not _is_any_of(_TRANSPARENT, name):
@@ -112,15 +110,11 @@ def _host_of(graph: BlockGraph, equal: list[Any], shared: set[nn.Module]) -> str
         shared (set of nn.Module): modules that stand at several paths of the model.
     """
     value = equal[-1]
-    owner = graph.trace.owner[value]
-    found = [
-        path
-        for path, returned in graph.trace.outputs.items()
-        if path and not {*returned}.isdisjoint(equal) and f"{owner}.".startswith(f"{path}.")
-    ]
-    for path in sorted(found, key=len):
+    outputs = graph.trace.outputs
+    found = [p for p in graph.trace.callers[value] if not {*outputs[p]}.isdisjoint(equal)]
+    for path in found:
         module = graph.modules[path]
-        runs_once = len(graph.trace.outputs[path]) == 1 and module not in shared
+        runs_once = len(outputs[path]) == 1 and module not in shared
         if runs_once and not isinstance(module, nn.Sequential):
             return path
     name = graph.name(value)
