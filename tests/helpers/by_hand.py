@@ -311,7 +311,7 @@ def parameter_names(model: nn.Module) -> list[str]:
 def example(name: str) -> Tensor:
     """Images just large enough for every map to have more than one position."""
     size = (2, 3, 4, 32, 32) if "r3d" in name else (2, 3, 64, 64)
-    if not any(part in name for part in ("convnext", "hrnet", "rcnn", "r3d")):
+    if not any(part in name for part in ("convnext", "dla", "hrnet", "rcnn", "r3d", "vovnet")):
         size = (2, 3, 33, 33)
     return torch.randn(size, generator=torch.Generator().manual_seed(1))
 
