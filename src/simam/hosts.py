@@ -7,7 +7,8 @@ that child. Other code may rebuild, fold or copy a host; it must not lose SimAM 
 import inspect
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, update_wrapper
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ def _host_class(plain_class: Any) -> type:
     members = {
         "__doc__": f"{plain_class.__name__}, its output passed through the child `simam`.",
         "forward": _SCRIPTABLE.get(signature, _then_simam(plain_forward)),
-        "_plain_forward": plain_forward,
+        "_plain_forward": _renamed(plain_forward, "_plain_forward"),
     }
     # Folding puts one of these methods in the place of `forward`.
     members |= {
@@ -158,6 +159,14 @@ def _host_class(plain_class: Any) -> type:
         if hasattr(plain_class, name)
     }
     return _subclass(_Host, plain_class, f"SimAM{plain_class.__name__}", _host_class, members)
+
+
+def _renamed(function: Any, name: str) -> Any:
+    """A copy of a method under another name; TorchScript goes by the name of the function."""
+    if not isinstance(function, FunctionType):
+        return function
+    parts = (function.__globals__, name, function.__defaults__, function.__closure__)
+    return update_wrapper(FunctionType(function.__code__, *parts), function, ("__annotations__",))
 
 
 def _then_simam(plain_forward: Callable[..., Any]) -> Callable[..., Any]:
