@@ -24,6 +24,7 @@ def run_report(options: argparse.Namespace) -> None:
             subject.shape(options.batch, options.input_size),
             e_lambda=options.e_lambda,
             statistics=options.statistics,
+            place=options.place,
             where=options.where,
             exclude=options.exclude,
             repeats=options.repeats,
@@ -44,6 +45,7 @@ def run_maps(options: argparse.Namespace) -> None:
                 subject.model,
                 e_lambda=options.e_lambda,
                 statistics=options.statistics,
+                place=options.place,
                 where=options.where,
                 exclude=options.exclude,
             )
@@ -57,7 +59,10 @@ def run_maps(options: argparse.Namespace) -> None:
         progress("drawing", 0, 1)
         weights = f"weights: {Path(options.weights).name if options.weights else 'random'}"
         statistics = f", statistics={options.statistics!r}" * (options.statistics != "shared")
-        title = f"{subject.name}, {weights}, SimAM(e_lambda={options.e_lambda:g}{statistics})"
+        place = f", place={options.place!r}" * (options.place != "conv")
+        title = (
+            f"{subject.name}, {weights}, SimAM(e_lambda={options.e_lambda:g}{statistics}){place}"
+        )
         names = [Path(path).name for path in options.images]
         save(draw(names, inputs, layers, title), options.output)
     print(f"{options.output}: {', '.join(layer.path for layer in layers)} of {title}")

@@ -30,7 +30,9 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise UserError(re.sub(r"\b(where|exclude)=(,?) ?", r"--\1\2 ", str(error))) from error
+        raise UserError(
+            re.sub(r"\b(place|where|exclude)=(,?) ?", r"--\1\2 ", str(error))
+        ) from error
 
 
 @dataclass(frozen=True)
