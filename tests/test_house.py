@@ -14,7 +14,7 @@ LAYERS = [
     {"messages"},
     {"state_dict", "modes", "batches"},  # anyone may import them
     {"kernels"},
-    {"reference", "ops"},
+    {"reference", "masked", "ops"},
     {"functional"},
     {"module"},
     {"hosts"},

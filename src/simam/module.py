@@ -66,8 +66,8 @@ class SimAM(nn.Module):
         self.e_lambda = float(e_lambda)
         self.statistics = statistics
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.simam_forward(x, self.e_lambda, self.statistics)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.simam_forward(x, self.e_lambda, self.statistics, mask)
 
     def extra_repr(self) -> str:
         return f"e_lambda={self.e_lambda:g}, statistics={self.statistics!r}"
