@@ -1,4 +1,4 @@
-"""A speaker network of the kind in docs/audio.md: SimAM at the end of the branch, padded batches."""
+"""A speaker network as in docs/audio.md: SimAM at the end of the branch, padded batches."""
 
 import pytest
 import torch
