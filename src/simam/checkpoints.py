@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from .messages import first_few
 from .module import SimAM
 from .placement import check_module
-from .state_dict import compare, load_strictly, read
+from .state_dict import compare, load_strictly
+from .weights_file import read
 
 E_LAMBDA = 0.1  # in every network whose weights the authors published
 

@@ -151,7 +151,7 @@ def test_create_model_outputs_match_simam_by_hand(name: str) -> None:
 def test_create_model_e_lambda() -> None:
     assert e_lambdas(timm.create_model("simam_resnet18", e_lambda=1e-4)) == {1e-4}
     with pytest.raises(ValueError, match=r"e_lambda must be .*0"):
-        timm.create_model("simam_resnet18", e_lambda=0)
+        timm.create_model("simam_resnet18", e_lambda=0.0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
