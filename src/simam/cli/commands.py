@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 from ..attach import attach
 from .figure import check_output, draw, save
 from .maps import collect, read_image
-from .models import build, user_errors
+from .models import build, load_weights, user_errors
 from .progress import progress_bar
 from .report import measure
 from .report_text import report_text
@@ -39,7 +41,7 @@ def run_maps(options: argparse.Namespace) -> None:
     images = [read_image(path) for path in options.images]
     with progress_bar() as progress:
         progress(f"building {options.model}", 0, 1)
-        subject = build(options.model, options.weights)
+        subject = build(options.model)
         with user_errors():
             attach(
                 subject.model,
@@ -49,6 +51,10 @@ def run_maps(options: argparse.Namespace) -> None:
                 where=options.where,
                 exclude=options.exclude,
             )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if options.weights:  # after attach, to compare the SimAM layers that the file records
+                load_weights(subject.model, options.weights)
         inputs, layers = collect(
             subject,
             images,
@@ -65,4 +71,6 @@ def run_maps(options: argparse.Namespace) -> None:
         )
         names = [Path(path).name for path in options.images]
         save(draw(names, inputs, layers, title), options.output)
+    for warning in caught:
+        print(f"simam: warning: {warning.message}", file=sys.stderr)
     print(f"{options.output}: {', '.join(layer.path for layer in layers)} of {title}")

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ..messages import UserError, install_hint, one_line
-from ..state_dict import load_strictly, read
+from ..state_dict import load_strictly
+from ..weights_file import read
 
 _FRAMES = 16  # of a video clip; the minimum that every torchvision video model accepts
 
@@ -133,6 +134,9 @@ def load_weights(model: nn.Module, path: str) -> None:
 
     Raises:
         UserError: the file cannot be read, holds something else, or does not fit the model.
+
+    Warns:
+        UserWarning: the file records other SimAM layers than the model has.
     """
     try:
         state = read(path)
