@@ -75,12 +75,13 @@ def _norm_behind(graph: BlockGraph, convolution: fx.Node) -> str:
     value = convolution
     while True:
         users = graph.users(value)
+        for path in graph.trace.callers[users[0]] if users else ():
+            runs_all = all(path in graph.trace.callers[user] for user in users)
+            if runs_all and _is_norm(graph.modules[path]):
+                return path
         if len(users) != 1:
             raise NoHostError(f"{convolution.target} is followed by {len(users)} operations")
         name = graph.name(users[0])
-        for path in graph.trace.callers[users[0]]:
-            if _is_norm(graph.modules[path]):
-                return path
         if "norm" in name:
             raise NoHostError(f"{convolution.target} is followed by a functional norm, no module")
         if name not in ("cat", "concat") and not _is_any_of(_TRANSPARENT, name):
@@ -94,7 +95,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _host_of_norm(graph: BlockGraph, path: str, shared: set[nn.Module]) -> Host:
-    (value,) = graph.trace.outputs[path]
+    value, *others = graph.trace.outputs[path]
+    if others:
+        raise NoHostError(f"the norm {path} runs more than once")
     act = getattr(graph.modules[path], "act", None)
     with_act = act is not None and not isinstance(act, nn.Identity)
     what = f"norm{' with its activation' * with_act} behind the last spatial convolution"
@@ -120,11 +123,19 @@ def _host_of(graph: BlockGraph, equal: list[Any], shared: set[nn.Module]) -> str
     name = graph.name(value)
     if found:
         raise NoHostError(f"it ends in a {name} that the model uses more than once")
-    parameters = [str(node.target) for node in value.all_input_nodes if node.op == "get_attr"]
+    parameters = _parameters_of(graph, value)
     with_what = f" with {parameters[0]}" if parameters else ""
     raise NoHostError(
         f"it ends in the function {name}{with_what}, and no module returns that value"
     )
+
+
+def _parameters_of(graph: BlockGraph, value: fx.Node) -> list[str]:
+    """The parameters and buffers that an operation takes, as they are or reshaped."""
+    constants = [value]
+    for node in constants:
+        constants += [i for i in node.all_input_nodes if i not in graph.operands(node)]
+    return [str(node.target) for node in constants if node.op == "get_attr"]
 
 
 def _check_single_use(graph: BlockGraph, end: fx.Node, value: fx.Node) -> None:
@@ -141,7 +152,8 @@ def _check_layout(graph: BlockGraph, end: fx.Node) -> None:
     for node in ahead:
         if node.op == "call_module" and is_convolution(graph.modules[str(node.target)]):
             continue
-        if _is_any_of(_REORDERING, graph.name(node)):
+        is_in_a_norm = any(_is_norm(graph.modules[path]) for path in graph.trace.callers[node])
+        if not is_in_a_norm and _is_any_of(_REORDERING, graph.name(node)):
             raise NoHostError(f"{graph.name(node)} reorders dimensions at the end of the branch")
         gates = graph.gates(node)
         ahead += [i for i in graph.operands(node) if i not in gates and i not in ahead]

@@ -67,6 +67,7 @@ def find_insertions(model: nn.Module, place: str) -> tuple[list[Insertion], list
                 unanalysed.append(Unanalysed(path, f"{type(block).__name__}, {summary}"))
 
     insertions: dict[str, Insertion] = {}
+    without_host: list[Unanalysed] = []
     # named_modules() lists a module that stands at several paths once, at the first of them.
     paths = {module: path for path, module in model.named_modules()}
     occurrences = Counter(module for _, module in model.named_modules(remove_duplicate=False))
@@ -77,7 +78,7 @@ def find_insertions(model: nn.Module, place: str) -> tuple[list[Insertion], list
             hosts = find_hosts(graphs[block], branch, place, shared)
         except NoHostError as error:
             kind = graphs[block].kind.__name__
-            unanalysed.append(Unanalysed(block, f"{kind}, no host for place={place!r}: {error}"))
+            without_host.append(Unanalysed(block, f"{kind}, no host for place={place!r}: {error}"))
             return
         for path, what in hosts:
             host = model.get_submodule(f"{block}.{path}" if block else path)
@@ -100,6 +101,9 @@ def find_insertions(model: nn.Module, place: str) -> tuple[list[Insertion], list
     unanalysed = [
         u for u in unanalysed if u.block not in containers and (u.block or not insertions)
     ]
+    # A block with a host at the end of one branch needs none in a branch within that branch.
+    blocks = {insertion.block for insertion in insertions.values()}
+    unanalysed += [u for u in without_host if u.block not in blocks]
     return [insertions[path] for path in paths.values() if path in insertions], unanalysed
 
 
