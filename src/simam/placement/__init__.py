@@ -10,7 +10,7 @@ from torch.jit import ScriptModule
 
 from ..hosts import is_host
 from ..messages import first_few, table
-from .dataflow import is_convolution
+from .convolutions import is_convolution
 from .place import PLACES
 from .rule import Insertion, Unanalysed, describe_host, find_insertions
 
