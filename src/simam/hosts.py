@@ -7,7 +7,8 @@ that child. Other code may rebuild, fold or copy a host; it must not lose SimAM 
 import inspect
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, update_wrapper
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from .module import SimAM
 # The names in code that folds a norm, and in code that folds a module by the module's own method.
 _READ_TO_FOLD = frozenset({"weight", "running_var", "eps"})
 _FUSED_FORWARDS = frozenset({"forward_fuse", "fuseforward"})
-# What an adapter reads of the layer that it is built around; and the functions of peft that put this
-# layer in the place of the adapter.
+# What an adapter reads of the layer that it adapts; and the functions of peft that put this layer
+# in the place of the adapter.
 _READ_TO_ADAPT = frozenset({"weight", "base_layer"})
 _UNLOADING = frozenset({"_unload_and_optionally_merge", "unload_and_optionally_merge_module"})
 
@@ -125,7 +126,7 @@ class _Host(_Changed):
         if is_folded and sys._getframe(1).f_locals.get("self") is not self:
             raise RuntimeError(_FOLDING.format(self.plain_class.__name__))
         if name in _READ_TO_ADAPT and not torch.compiler.is_compiling():
-            reader = sys._getframe(1).f_locals.get("self")
+            reader: Any = sys._getframe(1).f_locals.get("self")
             if reader is not self and is_adapter(reader) and reader.base_layer is self:
                 raise RuntimeError(_ADAPTING.format(self.plain_class.__name__))
         return super().__getattr__(name)
@@ -168,7 +169,7 @@ def _host_class(plain_class: Any) -> type:
     members = {
         "__doc__": f"{plain_class.__name__}, its output passed through the child `simam`.",
         "forward": _SCRIPTABLE.get(signature, _then_simam(plain_forward)),
-        "_plain_forward": plain_forward,
+        "_plain_forward": _renamed(plain_forward, "_plain_forward"),
     }
     # Folding puts one of these methods in the place of `forward`.
     members |= {
@@ -179,6 +180,14 @@ def _host_class(plain_class: Any) -> type:
     if hasattr(plain_class, "get_base_layer"):
         members["get_base_layer"] = _get_base_layer
     return _subclass(_Host, plain_class, f"SimAM{plain_class.__name__}", _host_class, members)
+
+
+def _renamed(function: Any, name: str) -> Any:
+    """A copy of a method under another name; TorchScript goes by the name of the function."""
+    if not isinstance(function, FunctionType):
+        return function
+    parts = (function.__globals__, name, function.__defaults__, function.__closure__)
+    return update_wrapper(FunctionType(function.__code__, *parts), function, ("__annotations__",))
 
 
 def _then_simam(plain_forward: Callable[..., Any]) -> Callable[..., Any]:

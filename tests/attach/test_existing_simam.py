@@ -14,14 +14,13 @@ from simam import ExistingSimAM, SimAM, attach, detach, plan
 from tests.helpers.tiny_blocks import attached, basic, block, conv, host_paths, snapshot
 
 
-class Simam_module(nn.Module):  # noqa: N801 - as it is spelled in many copies
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid((x - x.mean((2, 3), keepdim=True)) ** 2)
-
-
 class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid((x - x.mean((2, 3), keepdim=True)) ** 2)
+
+
+class Simam_module(Gate):  # noqa: N801 - as it is spelled in many copies
+    pass
 
 
 class OwnSimAM(SimAM):
@@ -29,7 +28,7 @@ class OwnSimAM(SimAM):
 
 
 def simam_function(x: Tensor) -> Tensor:
-    return Gate()(x)
+    return x * torch.sigmoid((x - x.mean((2, 3), keepdim=True)) ** 2)
 
 
 @block
@@ -82,11 +81,11 @@ CERTAIN = [
     (with_an_attribute(simam=SimAM()), "0.simam"),
 ]
 BY_NAME = [
-    (attended(att=Simam_module()), "0.att", "SimAM by the name of its class, Simam_module"),
-    (with_an_attribute(simam=Gate()), "0.simam", "SimAM by its name"),
-    (with_a_method(), "0", "a block with SimAM by the name simam in its code"),
-    (with_a_function(), "0", "a block with SimAM by the name simam_function in its code"),
-    (with_the_functional(), "0", "a block with SimAM by the name simam in its code"),
+    (attended(att=Simam_module()), "0.att", "the name of its class, Simam_module"),
+    (with_an_attribute(simam=Gate()), "0.simam", "its name"),
+    (with_a_method(), "0", "the name simam in its code"),
+    (with_a_function(), "0", "the name simam_function in its code"),
+    (with_the_functional(), "0", "the name simam in its code"),
 ]
 
 
@@ -106,7 +105,7 @@ def test_plan_skips_a_block_that_seems_to_hold_simam(
 ) -> None:
     found = plan(nn.Sequential(first, basic()))
     assert [i.path for i in found] == ["1.conv2"]
-    assert found.existing == (ExistingSimAM("0", path, f"is taken for {name}"),)
+    assert found.existing == (ExistingSimAM("0", path, f"is taken for SimAM by {name}"),)
 
 
 def test_plan_names_simam_that_several_blocks_share() -> None:
@@ -173,8 +172,8 @@ def test_plan_skips_only_the_inner_block_that_holds_simam() -> None:
 
 @pytest.mark.parametrize("place", ["norm", "branch"])
 def test_plan_skips_a_block_that_holds_simam_at_every_place(place: str) -> None:
-    norms = {"conv2": nn.Sequential(conv(), nn.BatchNorm2d(8))}
-    net = nn.Sequential(basic(**norms), attended(**norms, att=SimAM()))
+    normed = [nn.Sequential(conv(), nn.BatchNorm2d(8)) for _ in range(2)]
+    net = nn.Sequential(basic(conv2=normed[0]), attended(conv2=normed[1], att=SimAM()))
     found = plan(net, place=place)
     assert [i.path for i in found] == ["0.conv2.1"]
     assert [e.path for e in found.existing] == ["1.att"]
@@ -184,9 +183,10 @@ def test_attach_warns_of_simam_that_is_there_already() -> None:
     net = nn.Sequential(attended(att=SimAM()), basic(), attended(att=Simam_module()))
     before = snapshot(net[0]), snapshot(net[2])
     message = (
-        "left without a second SimAM: 0 (0.att is a SimAM layer), 2 (2.att is taken for SimAM by the "
-        "name of its class, Simam_module). Choose hosts with where= to insert one all the same, "
-        "or name the blocks in exclude= to accept this."
+        "left without a second SimAM: 0 (0.att is a SimAM layer), "
+        "2 (2.att is taken for SimAM by the name of its class, Simam_module). "
+        "Choose hosts with where= to insert one all the same, or name the blocks in exclude= to "
+        "accept this."
     )
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$") as caught:
         attach(net)
@@ -207,10 +207,10 @@ def test_attach_refuses_a_network_that_has_simam_everywhere() -> None:
     net = nn.Sequential(*(attended(att=SimAM()) for _ in range(4)))
     before = snapshot(net)
     message = (
-        "every place for SimAM in this Sequential has one already: 0 (0.att is a SimAM layer), "
-        "1 (1.att is a SimAM layer), 2 (2.att is a SimAM layer), and 1 more. The network is complete as it is. "
-        "To attach SimAM instead, replace these layers by nn.Identity() first; to insert a second "
-        "one all the same, choose hosts with where=."
+        "this Sequential has SimAM already, and no place is left: 0 (0.att is a SimAM layer), "
+        "1 (1.att is a SimAM layer), 2 (2.att is a SimAM layer), and 1 more. "
+        "To attach SimAM instead, replace these layers by nn.Identity() first. "
+        "To insert a second one all the same, choose hosts with where=."
     )
     for verb in (plan, attach):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -225,7 +225,7 @@ def test_attach_refuses_a_network_that_has_simam_everywhere() -> None:
         (attended(att=SimAM()), "0", "0 (0.att is a SimAM layer)"),
         (nn.Sequential(conv(), SimAM()), "0.0", "0.0 (0.1 is a SimAM layer)"),
         (nn.Sequential(conv(), nn.ReLU(), Simam_module()), "0.0", "0.0 (0.2 is taken for SimAM"),
-        (with_a_method(), "0.conv1", "0.conv1 (0 is taken for a block with SimAM by the"),
+        (with_a_method(), "0.conv1", "0.conv1 (0 is taken for SimAM by the name simam in"),
     ],
 )
 def test_attach_where_warns_of_a_second_simam(first: nn.Module, where: str, message: str) -> None:
@@ -264,6 +264,6 @@ def test_attach_refuses_timm_networks_with_simam(attn_layer: Callable[..., nn.Mo
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         net = timm.create_model("resnet18", block_args={"attn_layer": attn_layer})
-    message = "every place for SimAM in this ResNet has one already: layer1.0 (layer1.0.se is a"
+    message = "this ResNet has SimAM already, and no place is left: layer1.0 (layer1.0.se is a"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         attach(net)

@@ -1,4 +1,4 @@
-"""Convolutions whose own forward goes on to a norm or an activation: no plan says "before" there."""
+"""plan on convolutions whose own forward goes on to a norm: no reason says "before" there."""
 
 import re
 
@@ -130,7 +130,7 @@ FOLLOWED = [
     (NormedConv2d(activation=torch.relu_), "relu_"),
     (NormedConv2d(activation=lambda x: x.clamp(min=0)), "clamp"),
     (NormedConv2d(activation=lambda x: F.layer_norm(x, x.shape[1:])), "layer_norm"),
-    (GatedConv2d(), "sigmoid"),
+    (GatedConv2d(), "sigmoid, mul"),
     (SelfNormedConv2d(), "truediv"),
     (OuterConv2d(), "BatchNorm2d"),
 ]
@@ -146,8 +146,8 @@ def test_plan_leaves_out_a_convolution_that_goes_on_to_a_norm(
     (unanalysed,) = found.unanalysed
     assert unanalysed.block == "1"
     assert unanalysed.reason == (
-        f"basic, SimAM cannot go directly behind conv2: the forward of this {type(layer).__name__} "
-        f"goes on to {behind}. Choose conv2 with where= to put SimAM behind all of it"
+        f"basic, no host for place='conv': the forward of conv2 ({type(layer).__name__}) "
+        f"goes on to {behind}; name conv2 in where= to put SimAM behind all of it"
     )
 
 
@@ -191,9 +191,8 @@ def test_plan_leaves_out_a_convolution_that_cannot_be_traced() -> None:
     assert [i.path for i in found] == ["0.conv2"]
     (unanalysed,) = found.unanalysed
     assert re.fullmatch(
-        r"basic, SimAM cannot go directly behind conv2: the forward of this UntraceableConv2d "
-        r"cannot be traced \(TypeError: .*\), so what follows the convolution is unknown\. Choose "
-        r"conv2 with where= to put SimAM behind all of it",
+        r"basic, no host for place='conv': the forward of conv2 \(UntraceableConv2d\) cannot be "
+        r"traced \(TypeError: .*\); name conv2 in where= to put SimAM behind all of it",
         unanalysed.reason,
     )
     (insertion,) = plan(net, where="1.conv2")

@@ -9,7 +9,7 @@
 
 import operator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -63,7 +63,7 @@ class BlockGraph(Graph):
         found = []
         for node, operands in self._sums.items():
             common = set.intersection(*(self.ancestors[operand] for operand in operands))
-            is_own = self._is_own(self.trace.owner[node])
+            is_own = self._holders.isdisjoint(self.trace.callers[node])
             if not (is_own and any(map(_may_be_tensor, common))) or self._is_of_a_cell(node):
                 continue
             sides = {operand: self._reach(operand, common) for operand in operands}
@@ -107,17 +107,11 @@ class BlockGraph(Graph):
             for node in nodes
         )
 
-    def _is_own(self, owner: str) -> bool:
-        """Whether `owner` is the block itself or a submodule that holds no spatial convolution."""
-        while owner and owner not in self._holders:
-            owner = owner.rpartition(".")[0]
-        return not owner
-
     def _is_of(self, node: fx.Node, path: str) -> bool:
-        """Whether a module computes a value, or is part of an untraceable one that does."""
-        of_node = self.path(node)
-        is_part = node in self.trace.opaque and f"{path}.".startswith(f"{of_node}.")
-        return is_part or f"{of_node}.".startswith(f"{path}.")
+        """Whether a module runs an operation, or is part of an untraceable one."""
+        callers = self.trace.callers[node]
+        is_part = node in self.trace.opaque and f"{path}.".startswith(f"{callers[-1]}.")
+        return path in callers or is_part
 
     def _reach(self, start: fx.Node, stop: set[fx.Node]) -> set[fx.Node]:
         """The ancestors of `start` back to `stop`, not through gates or attention products."""

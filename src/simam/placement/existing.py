@@ -19,7 +19,6 @@ from .candidates import may_be_residual
 from .convolutions import is_convolution, plain_class
 from .dataflow import BlockGraph, Branch
 
-
 _BY = "is taken for SimAM by"
 
 
@@ -79,7 +78,7 @@ def existing_in_branch(
         layer: reason
         for layer, reason in layers.items()
         if is_within(layer, path) and not is_apart(layer)
-        if graph.touches(branch, layer[len(join(path, ".")) :])
+        if graph.touches(branch, layer.removeprefix(f"{path}."))
     }
     for relative, module in graph.modules.items():
         own = join(path, relative)

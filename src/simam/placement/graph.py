@@ -1,4 +1,4 @@
-"""The graph of values that a module computes, from its trace: operations, operands and their names."""
+"""The values that a module computes, from its trace: their operations and operands."""
 
 import operator
 from typing import Any
@@ -54,10 +54,6 @@ class Graph:
     def called(self, node: fx.Node) -> nn.Module | None:
         """The module that a node calls as a whole; None for a function or a method."""
         return self.modules[str(node.target)] if node.op == "call_module" else None
-
-    def path(self, node: fx.Node) -> str:
-        """The path of the module that computes a value."""
-        return str(node.target) if node.op == "call_module" else self.trace.owner[node]
 
     def name(self, node: fx.Node) -> str:
         """The name of the operation: its module's class, its function or its method."""

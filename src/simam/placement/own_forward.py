@@ -4,6 +4,7 @@ Some libraries write a convolution, its norm and its activation as one module. S
 module is not before the norm.
 """
 
+import inspect
 import operator
 from itertools import chain
 from typing import NamedTuple
@@ -56,7 +57,8 @@ def behind_convolution(convolution: nn.Module) -> Behind:
     count, nor do linear operations behind it (a bias, a new shape).
     """
     convolution = within_adapters(convolution)
-    if plain_class(convolution).forward in _PLAIN_FORWARDS:
+    # Statically, since the class of a scripted module raises.
+    if inspect.getattr_static(plain_class(convolution), "forward") in _PLAIN_FORWARDS:
         return Behind([])
     found = traces(convolution, is_convolution, lambda part: not holds_spatial_convolution(part))
     try:
@@ -85,12 +87,10 @@ def _names_behind(graph: Graph) -> list[str]:
 
 def _norm_or_nonlinearity(graph: Graph, node: fx.Node) -> str:
     """The name of the module or function if it is a norm or not linear, else an empty string."""
-    path = graph.path(node)
-    while path:
-        name = plain_class(graph.modules[path]).__name__
+    for path in reversed(graph.trace.callers[node]):
+        name: str = plain_class(graph.modules[path]).__name__
         if any(part in name.lower() for part in ("norm", *NONLINEAR)):
             return name
-        path = path.rpartition(".")[0]
     name = graph.name(node)
     is_quotient = operation(node) in _DIVIDE and len(graph.operands(node)) > 1
     return name if is_quotient or "norm" in name or graph.is_nonlinear(node) else ""

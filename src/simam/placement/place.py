@@ -66,8 +66,9 @@ def _check_nothing_behind(graph: BlockGraph, convolution: fx.Node) -> None:
     module = graph.modules[str(convolution.target)]
     behind = str(behind_convolution(module))
     if behind:
+        kind = plain_class(module).__name__
         raise NoHostError(
-            f"the forward of {convolution.target}, a {plain_class(module).__name__}, {behind}; name it in "
+            f"the forward of {convolution.target} ({kind}) {behind}; name {convolution.target} in "
             "where= to put SimAM behind all of it"
         )
 
@@ -92,11 +93,9 @@ def _norm_behind(graph: BlockGraph, convolution: fx.Node) -> str:
         if len(users) != 1:
             raise NoHostError(f"{convolution.target} is followed by {len(users)} operations")
         name = graph.name(users[0])
-        path = graph.trace.owner[users[0]]
-        while path:
+        for path in graph.trace.callers[users[0]]:
             if _is_norm(graph.modules[path]):
                 return path
-            path = path.rpartition(".")[0]
         if "norm" in name:
             raise NoHostError(f"{convolution.target} is followed by a functional norm, no module")
         if name not in ("cat", "concat") and not _is_any_of(_TRANSPARENT, name):
@@ -113,8 +112,8 @@ def _host_of_norm(graph: BlockGraph, convolution: fx.Node, shared: set[nn.Module
     module = graph.modules[str(convolution.target)]
     inside = behind_convolution(module).names
     if any("norm" in name.lower() for name in inside):
-        with_act = " with its activation" * (len(inside) > 1)
-        what = f"norm{with_act} inside the last spatial convolution"
+        has_more = len(inside) > 1
+        what = f"norm{' with its activation' * has_more} inside the last spatial convolution"
         return Host(str(convolution.target), what)
     path = _norm_behind(graph, convolution)
     (value,) = graph.trace.outputs[path]
@@ -133,15 +132,11 @@ def _host_of(graph: BlockGraph, equal: list[Any], shared: set[nn.Module]) -> str
         shared (set of nn.Module): modules that stand at several paths of the model.
     """
     value = equal[-1]
-    owner = graph.trace.owner[value]
-    found = [
-        path
-        for path, returned in graph.trace.outputs.items()
-        if path and not {*returned}.isdisjoint(equal) and f"{owner}.".startswith(f"{path}.")
-    ]
-    for path in sorted(found, key=len):
+    outputs = graph.trace.outputs
+    found = [p for p in graph.trace.callers[value] if not {*outputs[p]}.isdisjoint(equal)]
+    for path in found:
         module = graph.modules[path]
-        runs_once = len(graph.trace.outputs[path]) == 1 and module not in shared
+        runs_once = len(outputs[path]) == 1 and module not in shared
         if runs_once and not isinstance(module, nn.Sequential):
             return path
     name = graph.name(value)
