@@ -30,9 +30,9 @@ _FOLDING = (
     "simam.detach"
 )
 _ADAPTING = (
-    "cannot adapt this {}: SimAM is attached to it, and an adapter around it would come behind "
-    "SimAM, but before it once it is merged. This layer has not been changed. Adapt it inside "
-    "`with simam.detached(model):`; when the block ends, SimAM follows the adapter"
+    "cannot adapt this {}: SimAM is attached to it, so that an adapter would act behind SimAM, but "
+    "before it once it is merged. The layer has not been changed. Adapt first and attach then: "
+    "simam.detach(model), get_peft_model(model, config), simam.attach(model)"
 )
 _NEW_BIAS = (
     "cannot give this convolution a bias, as folding a batch norm into it does, because SimAM "
