@@ -126,8 +126,8 @@ class _Host(_Changed):
         if is_folded and sys._getframe(1).f_locals.get("self") is not self:
             raise RuntimeError(_FOLDING.format(self.plain_class.__name__))
         if name in _READ_TO_ADAPT and not torch.compiler.is_compiling():
-            reader: Any = sys._getframe(1).f_locals.get("self")
-            if reader is not self and is_adapter(reader) and reader.base_layer is self:
+            reader = sys._getframe(1).f_locals.get("self")
+            if reader is not self and _adapts(reader, self):
                 raise RuntimeError(_ADAPTING.format(self.plain_class.__name__))
         return super().__getattr__(name)
 
@@ -201,10 +201,15 @@ def _get_base_layer(self: Any) -> Any:
     """Return the layer inside an adapter; if it is to replace the adapter, with SimAM."""
     base_layer = self.plain_class.get_base_layer(self)
     if sys._getframe(1).f_code.co_name in _UNLOADING:
-        layer = self.simam
+        layer, self.is_unloaded = self.simam, True
         undo(self)
         insert(base_layer, layer)
     return base_layer
+
+
+def _adapts(module: Any, host: nn.Module) -> bool:
+    """Return whether a module is an adapter of a host, and not one that the host has left."""
+    return is_adapter(module) and module.base_layer is host and not hasattr(module, "is_unloaded")
 
 
 @cache

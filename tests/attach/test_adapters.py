@@ -37,6 +37,10 @@ class Adapter(nn.Module):
             base = base.base_layer
         return base
 
+    @property
+    def weight(self) -> Tensor:
+        return self.get_base_layer().weight
+
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer(x)
         return base if self.is_merged else base + self.up["default"](self.down["default"](x))
@@ -124,6 +128,7 @@ def test_merged_and_unloaded_convolutions_keep_simam(net: nn.Module, x: Tensor) 
     assert simam.attached(net) == layers
     assert isinstance(net[0].conv2, nn.Conv2d)
     assert type(adapter) is Adapter
+    assert adapter.get_base_layer().weight is adapter.weight
     assert [type(detach(net)[i].conv2) for i in (0, 1)] == [nn.Conv2d, nn.Conv2d]
 
 
