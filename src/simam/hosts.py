@@ -19,11 +19,20 @@ from .module import SimAM
 # The names in code that folds a norm, and in code that folds a module by the module's own method.
 _READ_TO_FOLD = frozenset({"weight", "running_var", "eps"})
 _FUSED_FORWARDS = frozenset({"forward_fuse", "fuseforward"})
+# What an adapter reads of the layer that it adapts; and the functions of peft that put this layer
+# in the place of the adapter.
+_READ_TO_ADAPT = frozenset({"weight", "base_layer"})
+_UNLOADING = frozenset({"_unload_and_optionally_merge", "unload_and_optionally_merge_module"})
 
 _FOLDING = (
     "cannot fold or convert this {}: its output passes through SimAM, which would be lost or "
     "misplaced. Nothing has been changed. Fold or convert before simam.attach, or a copy after "
     "simam.detach"
+)
+_ADAPTING = (
+    "cannot adapt this {}: SimAM is attached to it, so that an adapter would act behind SimAM, but "
+    "before it once it is merged. The layer has not been changed. Adapt first and attach then: "
+    "simam.detach(model), get_peft_model(model, config), simam.attach(model)"
 )
 _NEW_BIAS = (
     "cannot give this convolution a bias, as folding a batch norm into it does, because SimAM "
@@ -35,6 +44,12 @@ _NEW_BIAS = (
 def is_host(module: object) -> bool:
     """Return whether `insert` made the module a host."""
     return isinstance(module, _Host)
+
+
+def is_adapter(module: object) -> bool:
+    """Return whether the module is an adapter of peft, such as LoRA, around its `base_layer`."""
+    is_module = isinstance(module, nn.Module) and hasattr(type(module), "get_base_layer")
+    return is_module and isinstance(getattr(module, "base_layer", None), nn.Module)
 
 
 def insert(host: nn.Module, layer: SimAM) -> None:
@@ -110,6 +125,10 @@ class _Host(_Changed):
         is_folded = name in _READ_TO_FOLD and _caller_names(_READ_TO_FOLD.issubset)
         if is_folded and sys._getframe(1).f_locals.get("self") is not self:
             raise RuntimeError(_FOLDING.format(self.plain_class.__name__))
+        if name in _READ_TO_ADAPT and not torch.compiler.is_compiling():
+            reader = sys._getframe(1).f_locals.get("self")
+            if reader is not self and _adapts(reader, self):
+                raise RuntimeError(_ADAPTING.format(self.plain_class.__name__))
         return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -158,6 +177,8 @@ def _host_class(plain_class: Any) -> type:
         for name in _FUSED_FORWARDS
         if hasattr(plain_class, name)
     }
+    if hasattr(plain_class, "get_base_layer"):
+        members["get_base_layer"] = _get_base_layer
     return _subclass(_Host, plain_class, f"SimAM{plain_class.__name__}", _host_class, members)
 
 
@@ -174,6 +195,21 @@ def _then_simam(plain_forward: Callable[..., Any]) -> Callable[..., Any]:
         return self.simam(plain_forward(self, *args, **kwargs))
 
     return forward
+
+
+def _get_base_layer(self: Any) -> Any:
+    """Return the layer inside an adapter; if it is to replace the adapter, with SimAM."""
+    base_layer = self.plain_class.get_base_layer(self)
+    if sys._getframe(1).f_code.co_name in _UNLOADING:
+        layer, self.is_unloaded = self.simam, True
+        undo(self)
+        insert(base_layer, layer)
+    return base_layer
+
+
+def _adapts(module: Any, host: nn.Module) -> bool:
+    """Return whether a module is an adapter of a host, and not one that the host has left."""
+    return is_adapter(module) and module.base_layer is host and not hasattr(module, "is_unloaded")
 
 
 @cache
