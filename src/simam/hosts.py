@@ -4,9 +4,11 @@ A host gets a child `simam` and a subclass of its own class whose forward passes
 that child. Other code may rebuild, fold or copy a host; it must not lose SimAM without an error.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, update_wrapper
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,14 +16,14 @@ from torch import Tensor, nn
 
 from .module import SimAM
 
-# The names in code that folds a norm, beside the weight; and in code that folds a module by its own
-# method.
-_FOLDED_INTO_WEIGHT = frozenset({"running_var", "eps"})
+# The names in code that folds a norm, and in code that folds a module by the module's own method.
+_READ_TO_FOLD = frozenset({"weight", "running_var", "eps"})
 _FUSED_FORWARDS = frozenset({"forward_fuse", "fuseforward"})
 
 _FOLDING = (
-    "cannot fold a norm into this convolution, because SimAM comes between the two. Nothing has "
-    "been changed. Fold before simam.attach, or fold a copy after simam.detach"
+    "cannot fold or convert this {}: its output passes through SimAM, which would be lost or "
+    "misplaced. Nothing has been changed. Fold or convert before simam.attach, or a copy after "
+    "simam.detach"
 )
 _NEW_BIAS = (
     "cannot give this convolution a bias, as folding a batch norm into it does, because SimAM "
@@ -43,14 +45,14 @@ def insert(host: nn.Module, layer: SimAM) -> None:
 
 
 def hide_norm(parent: nn.Module) -> None:
-    """Keep a norm behind a host from the folding of Ultralytics and its family.
+    """Keep a norm with SimAM before or behind it from the folding of Ultralytics and its family.
 
     They fold every module that has `conv`, `bn` and `forward_fuse`, unasked, in predict, val and
     export. A module of another kind is left as it is.
     """
     children = parent._modules
     is_foldable = _replaces_forward(dir(type(parent)))
-    is_pair = is_host(children.get("conv")) and "bn" in children
+    is_pair = "bn" in children and (is_host(children.get("conv")) or is_host(children["bn"]))
     if is_foldable and is_pair and not isinstance(parent, _NormHidden):
         _change_class(parent, _norm_hidden_class)
 
@@ -114,10 +116,11 @@ class _Host(_Changed):
     """A module whose output passes through its child `simam`."""
 
     def __getattr__(self, name: str) -> Any:
-        # Code that folds a norm reads, in one function, the weight of the convolution and the
-        # statistics of the norm, whatever it does with the result.
-        if name == "weight" and _caller_names(_FOLDED_INTO_WEIGHT.issubset):
-            raise RuntimeError(_FOLDING)
+        # Code that folds a norm into a convolution, or converts a norm, reads the weight and the
+        # statistics in one function, whatever it does with the result. So does a norm itself.
+        is_folded = name in _READ_TO_FOLD and _caller_names(_READ_TO_FOLD.issubset)
+        if is_folded and sys._getframe(1).f_locals.get("self") is not self:
+            raise RuntimeError(_FOLDING.format(self.plain_class.__name__))
         return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -134,7 +137,8 @@ class _NormHidden(_Changed):
     def __getattr__(self, name: str) -> Any:
         # Code that folds in this way asks for a norm and replaces forward by forward_fuse, in one
         # function. It skips a module that has no norm.
-        if name == "bn" and is_host(self._modules.get("conv")) and _caller_names(_replaces_forward):
+        has_host = any(map(is_host, self._modules.values()))
+        if name == "bn" and has_host and _caller_names(_replaces_forward):
             raise AttributeError("SimAM comes between this norm and its convolution")
         return super().__getattr__(name)
 
@@ -163,16 +167,34 @@ def _caller_names(is_suspicious: Callable[[tuple[str, ...]], bool]) -> bool:
 @cache
 def _host_class(plain_class: Any) -> type:
     plain_forward = plain_class.forward
+    signature = tuple(inspect.signature(plain_forward).parameters)
+    members = {
+        "__doc__": f"{plain_class.__name__}, its output passed through the child `simam`.",
+        "forward": _SCRIPTABLE.get(signature, _then_simam(plain_forward)),
+        "_plain_forward": _renamed(plain_forward, "_plain_forward"),
+    }
+    # Folding puts one of these methods in the place of `forward`.
+    members |= {
+        name: _then_simam(getattr(plain_class, name))
+        for name in _FUSED_FORWARDS
+        if hasattr(plain_class, name)
+    }
+    return _subclass(_Host, plain_class, f"SimAM{plain_class.__name__}", _host_class, members)
 
+
+def _renamed(function: Any, name: str) -> Any:
+    """A copy of a method under another name; TorchScript goes by the name of the function."""
+    if not isinstance(function, FunctionType):
+        return function
+    parts = (function.__globals__, name, function.__defaults__, function.__closure__)
+    return update_wrapper(FunctionType(function.__code__, *parts), function, ("__annotations__",))
+
+
+def _then_simam(plain_forward: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.simam(plain_forward(self, *args, **kwargs))
 
-    scriptable = plain_forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-    members = {
-        "__doc__": f"{plain_class.__name__}, its output passed through the child `simam`.",
-        "forward": _scriptable_forward if scriptable else forward,
-    }
-    return _subclass(_Host, plain_class, f"SimAM{plain_class.__name__}", _host_class, members)
+    return forward
 
 
 @cache
@@ -199,7 +221,18 @@ def _subclass(
     return type(name, (mixin, plain_class), members)
 
 
-def _scriptable_forward(self: Any, input: Tensor) -> Tensor:
-    # TorchScript supports neither super() nor variable arguments.
-    output: Tensor = self.simam(self._conv_forward(input, self.weight, self.bias))
+# TorchScript supports neither variable arguments nor super().
+def _forward_input(self: Any, input: Tensor) -> Tensor:
+    output: Tensor = self.simam(self._plain_forward(input))
     return output
+
+
+def _forward_x(self: Any, x: Tensor) -> Tensor:
+    output: Tensor = self.simam(self._plain_forward(x))
+    return output
+
+
+_SCRIPTABLE: dict[tuple[str, ...], Callable[..., Tensor]] = {
+    ("self", "input"): _forward_input,
+    ("self", "x"): _forward_x,
+}

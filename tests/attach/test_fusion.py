@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
     r"ignore:torch\.ao\.quantization is deprecated:DeprecationWarning",
 )
 
-FOLDING = "cannot fold a norm into this convolution, because SimAM comes between the two."
+FOLDING = "cannot fold or convert this Conv2d: its output passes through SimAM"
 NEW_BIAS = "cannot give this convolution a bias, as folding a batch norm into it does"
 
 

@@ -315,7 +315,7 @@ HELP = "; see simam report --help"
         (
             ["squeezenet1_1"],
             "found no place for SimAM in this SqueezeNet: no residual block whose branch holds a "
-            "spatial (kernel > 1) convolution and a non-linearity. Choose convolutions with "
+            "spatial (kernel > 1) convolution and a non-linearity. Choose hosts with "
             "--where, for example --where 'features.*'.",
         ),
         (

@@ -1,6 +1,6 @@
 """Where SimAM goes in an existing network, and how the answer is shown; nothing is changed here."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -8,16 +8,20 @@ from typing import TypeAlias
 from torch import nn
 from torch.jit import ScriptModule
 
+from ..hosts import is_host
 from ..messages import first_few, table
 from .dataflow import is_convolution
+from .place import PLACES
 from .rule import Insertion, Unanalysed, describe_host, find_insertions
 
 __all__ = [
+    "PLACES",
     "Insertion",
     "Plan",
     "Selector",
     "Unanalysed",
     "check_module",
+    "find_insertions",
     "list_unanalysed",
     "match_globs",
     "plan",
@@ -51,28 +55,38 @@ class Plan(list[Insertion]):
 
 
 def plan(
-    model: nn.Module, *, where: Selector | None = None, exclude: Selector | None = None
+    model: nn.Module,
+    *,
+    place: str = "conv",
+    where: Selector | None = None,
+    exclude: Selector | None = None,
 ) -> Plan:
     """Show where `attach` would put SimAM, without touching or running the model.
 
-    SimAM goes where the authors put it, stated as a rule: after the last spatial (kernel > 1)
-    convolution of the residual branch of every residual block, before the norm that follows.
+    SimAM goes into the branch of every residual block. By default it goes where the authors put it,
+    stated as a rule: after the last spatial (kernel > 1) convolution of the branch, before the norm
+    that follows.
 
     Args:
         model (nn.Module): the network; it may be on the meta device.
-        where (str, iterable of str, or callable, optional): replaces the analysis. One glob or
-            several over the paths of the model's convolutions (`*` matches dots too), each of
-            which must match; or a predicate `(path, module) -> bool` over the convolutions.
-        exclude (str, iterable of str, or callable, optional): convolutions to leave out, in the
-            same form; also the path of a block that could not be analysed.
+        place (str): "conv", after that convolution (the authors'); "norm", after the norm that
+            follows it; or "branch", at the end of the branch, just before the add, but before
+            dropout and stochastic depth.
+        where (str, iterable of str, or callable, optional): names the hosts instead. One glob or
+            several over the paths of the model's modules (`*` matches dots too), each of which must
+            match; or a predicate `(path, module) -> bool`. What selects convolutions selects these
+            alone; only what selects no convolution selects other modules.
+        exclude (str, iterable of str, or callable, optional): hosts to leave out, in the same form;
+            also the path of a block that could not be analysed.
 
     Returns:
         Plan: a list of `Insertion(path, block, host, reason)`, never empty.
 
     Raises:
         TypeError: model is not a module, or where or exclude is of another type.
-        ValueError: the model has no residual block with a spatial convolution, or a selection
-            matches nothing.
+        ValueError: the model has no residual block with a spatial convolution, or none with a host
+            at this place; the place is unknown, or given beside where; or a selection matches
+            nothing.
 
     Source:
         Yang et al., ICML 2021, section 4, and the published networks.
@@ -90,18 +104,16 @@ def plan(
     check_module(model)
     if isinstance(model, ScriptModule):
         raise ValueError("a TorchScript module cannot be changed; plan and attach before scripting")
+    if place not in PLACES:
+        raise ValueError(f"place must be one of {', '.join(map(repr, PLACES))}, got {place!r}")
     if where is not None:
-        convolutions = {n: m for n, m in model.named_modules() if is_convolution(m)}
-        chosen = _select(where, convolutions, "where", "the model's convolutions")
-        planned = Plan(
-            Insertion(path, path.rpartition(".")[0], describe_host(module), "selected by where=")
-            for path, module in convolutions.items()
-            if path in chosen
-        )
+        if place != "conv":
+            raise ValueError(f"where= names the hosts, so place={place!r} has no meaning beside it")
+        planned = _selected(model, where)
     else:
-        planned = Plan(*find_insertions(model))
+        planned = Plan(*find_insertions(model, place))
     if not planned:
-        raise ValueError(_nothing_found(model, planned.unanalysed))
+        raise ValueError(_nothing_found(model, place, planned.unanalysed))
     if exclude is not None:
         paths = [i.path for i in planned] + [u.block for u in planned.unanalysed]
         left_out = _select(
@@ -138,24 +150,51 @@ def match_globs(
     return chosen
 
 
+def _selected(model: nn.Module, where: Selector) -> Plan:
+    """The insertions that where= names."""
+    layers = {module.simam for module in model.modules() if is_host(module)}
+    modules = {path: m for path, m in model.named_modules() if m not in layers}
+    convolutions = {path: m for path, m in modules.items() if is_convolution(m)}
+    chosen = _select(where, modules, "where", "the model's modules", convolutions)
+    return Plan(
+        Insertion(path, path.rpartition(".")[0], describe_host(module), "selected by where=")
+        for path, module in modules.items()
+        if path in chosen
+    )
+
+
 def _select(
-    selector: Selector, modules: dict[str, nn.Module], argument: str, of_what: str
+    selector: Selector,
+    modules: Mapping[str, nn.Module],
+    argument: str,
+    of_what: str,
+    preferred: Mapping[str, nn.Module] | None = None,
 ) -> set[str]:
-    """The selected paths. A selector, or one of its globs, that selects nothing is an error."""
+    """The selected paths. A selector, or one of its globs, that selects nothing is an error.
+
+    What selects some of the preferred modules selects no others.
+    """
+    preferred = preferred or {}
     form = f"{argument} must be a glob, several globs, or a predicate (path, module) -> bool"
     if isinstance(selector, nn.Module) or not (
         callable(selector) or isinstance(selector, Iterable)
     ):
         raise TypeError(f"{form}, got {selector!r}")
     if callable(selector):
-        chosen = {path for path, module in modules.items() if selector(path, module)}
+        chosen = {path for path, module in preferred.items() if selector(path, module)}
+        chosen = chosen or {path for path, module in modules.items() if selector(path, module)}
     else:
         globs = [selector] if isinstance(selector, str) else list(selector)
         if not all(isinstance(glob, str) for glob in globs):
             raise TypeError(f"{form}, got {selector!r}")
-        chosen = match_globs(
-            globs, modules, lambda glob: _unmatched(f"{argument}={glob!r}", glob, modules, of_what)
-        )
+
+        def unmatched(glob: str) -> ValueError:
+            return _unmatched(f"{argument}={glob!r}", glob, modules, of_what)
+
+        chosen = set()
+        for glob in globs:
+            matches = match_globs([glob], modules, unmatched)
+            chosen |= matches & preferred.keys() or matches
     if not chosen:
         raise ValueError(f"{argument}={selector!r} selects none of {of_what}")
     return chosen
@@ -167,10 +206,11 @@ def _unmatched(asked: str, glob: str, modules: Iterable[str], of_what: str) -> V
     return ValueError(f"{asked} matches none of {of_what}{hint}")
 
 
-def _nothing_found(model: nn.Module, unanalysed: Sequence[Unanalysed]) -> str:
+def _nothing_found(model: nn.Module, place: str, unanalysed: Sequence[Unanalysed]) -> str:
+    behind = "" if place == "conv" else f", with a host for place={place!r}"
     message = (
         f"found no place for SimAM in this {type(model).__name__}: no residual block whose branch "
-        "holds a spatial (kernel > 1) convolution and a non-linearity. "
-        "Choose convolutions with where=, for example where='features.*'."
+        f"holds a spatial (kernel > 1) convolution and a non-linearity{behind}. "
+        "Choose hosts with where=, for example where='features.*'."
     )
     return f"{message} Could not analyse {list_unanalysed(unanalysed)}." if unanalysed else message

@@ -10,7 +10,7 @@
 import operator
 from collections.abc import Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -54,65 +54,83 @@ def _is_spatial(module: nn.Module) -> bool:
     return any(s > 1 for s in (size if isinstance(size, Iterable) else (size,)))
 
 
+class Branch(NamedTuple):
+    """The branch of a residual block.
+
+    Attributes:
+        last (list[fx.Node]): the last spatial convolutions.
+        end (fx.Node): the operand of the add; in a block without an add, the value returned.
+    """
+
+    last: list[fx.Node]
+    end: fx.Node
+
+
 class BlockGraph:
     """The values of a block and their ancestors, along one path through its control flow."""
 
     def __init__(self, block: nn.Module, trace: Trace) -> None:
         self.block = block
         self.kind: Any = type(block)
-        self._modules = dict(block.named_modules())
-        self._holders = {n for n, m in self._modules.items() if holds_spatial_convolution(m)}
+        self.modules = dict(block.named_modules())
+        self._holders = {n for n, m in self.modules.items() if holds_spatial_convolution(m)}
         self._opaque = trace.opaque
+        self.trace = trace
         # Only nodes that depend on the values of the input: no parameters, no sizes.
         self._ancestors: dict[fx.Node, set[fx.Node]] = {}
         self._sums: dict[fx.Node, list[fx.Node]] = {}
         self._own_sums: list[fx.Node] = []
         for node in trace.graph.nodes:
-            operands = self._operands(node)
+            operands = self.operands(node)
             if (not operands and node.op != "placeholder") or _is_size(node):
                 continue
             self._ancestors[node] = {node}.union(*(self._ancestors[o] for o in operands))
             if _operation(node) in _ADD and len(operands) > 1:
                 self._sums[node] = operands
-                if self._is_own(trace.owner[node]):
+                if self._is_own(trace.callers[node]):
                     self._own_sums.append(node)
 
-    def residual_branches(self) -> list[list[str]]:
-        """For each residual add of the block itself: the branch's last convolutions."""
+    def residual_branches(self) -> list[Branch]:
+        """The branch of each residual add of the block itself."""
         found = []
         for node in self._own_sums:
             operands = self._sums[node]
             common = set.intersection(*(self._ancestors[operand] for operand in operands))
             if not any(map(_may_be_tensor, common)) or self._is_of_a_cell(node):
                 continue
-            sides = [self._reach(operand, common) for operand in operands]
-            branches = [side for side in sides if self._is_branch(side, common)]
-            shortcuts = [side for side in sides if side not in branches]
-            if len(branches) == 1 and not any(map(self._gates, chain(*shortcuts))):
-                last = self._last(branches[0])
+            sides = {operand: self._reach(operand, common) for operand in operands}
+            branches = [end for end, side in sides.items() if self._is_branch(side, common)]
+            shortcuts = [side for end, side in sides.items() if end not in branches]
+            if len(branches) == 1 and not any(map(self.gates, chain(*shortcuts))):
+                last = self._last(sides[branches[0]])
                 if not self._are_summed(last):
-                    found.append([str(convolution.target) for convolution in last])
+                    found.append(Branch(last, branches[0]))
         return found
 
-    def last_convolutions(self) -> list[str]:
-        """The last spatial convolutions between input and output; none without a non-linearity."""
-        nodes = self._reach(next(reversed(self._ancestors)), set())
+    def whole(self) -> Branch | None:
+        """The block from input to output as a branch; None without a non-linearity."""
+        output = next(reversed(self._ancestors))
+        nodes = self._reach(output, set())
         if not any(map(self._is_nonlinear, nodes)):
-            return []
-        return [str(node.target) for node in self._last(nodes)]
+            return None
+        returned = self.operands(output)
+        return Branch(self._last(nodes), returned[0] if len(returned) == 1 else output)
 
     def is_deep(self) -> bool:
         """Whether the block holds more than one convolution."""
-        return sum(map(is_convolution, self._modules.values())) > 1
+        return sum(map(is_convolution, self.modules.values())) > 1
 
-    def _operands(self, node: fx.Node) -> list[fx.Node]:
+    def operands(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs of a node that depend on the block's input."""
         return [i for i in node.all_input_nodes if i in self._ancestors]
 
-    def _is_own(self, owner: str) -> bool:
-        """Whether `owner` is the block itself or a submodule that holds no spatial convolution."""
-        while owner and owner not in self._holders:
-            owner = owner.rpartition(".")[0]
-        return not owner
+    def users(self, node: fx.Node) -> list[fx.Node]:
+        """The operations on the value of a node."""
+        return [user for user in node.users if user in self._ancestors]
+
+    def _is_own(self, callers: tuple[str, ...]) -> bool:
+        """Whether the block itself runs it, or a submodule that holds no spatial convolution."""
+        return self._holders.isdisjoint(callers)
 
     def _reach(self, start: fx.Node, stop: set[fx.Node]) -> set[fx.Node]:
         """The ancestors of `start` back to `stop`, not through gates or attention products."""
@@ -123,8 +141,8 @@ class BlockGraph:
             if node not in reached and node not in stop:
                 reached.add(node)
                 if not self._is_attention(node):
-                    gates = self._gates(node)
-                    ahead += [operand for operand in self._operands(node) if operand not in gates]
+                    gates = self.gates(node)
+                    ahead += [operand for operand in self.operands(node) if operand not in gates]
         return reached
 
     def _is_branch(self, side: set[fx.Node], common: set[fx.Node]) -> bool:
@@ -152,7 +170,7 @@ class BlockGraph:
         joined = [user for user in node.users if _operation(user) in (torch.cat, torch.concat)]
         return any(
             other not in self._ancestors[node] and node not in self._ancestors[other]
-            for other in chain(*map(self._operands, joined))
+            for other in chain(*map(self.operands, joined))
             if other in self._sums
         )
 
@@ -167,23 +185,23 @@ class BlockGraph:
         return False
 
     def _is_spatial(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and _is_spatial(self._modules[str(node.target)])
+        return node.op == "call_module" and _is_spatial(self.modules[str(node.target)])
 
     def _is_nonlinear(self, node: fx.Node) -> bool:
-        name = self._name(node)
+        name = self.name(node)
         unknown = node in self._opaque and "drop" not in name
-        return unknown or any(part in name for part in _NONLINEAR) or bool(self._gates(node))
+        return unknown or any(part in name for part in _NONLINEAR) or bool(self.gates(node))
 
     def _is_attention(self, node: fx.Node) -> bool:
-        name = self._name(node)
-        between_inputs = len(self._operands(node)) > 1
+        name = self.name(node)
+        between_inputs = len(self.operands(node)) > 1
         return "softmax" in name or (between_inputs and any(part in name for part in _ATTENTION))
 
-    def _gates(self, node: fx.Node) -> list[fx.Node]:
+    def gates(self, node: fx.Node) -> list[fx.Node]:
         """The operands of a product that are gates of the other operand."""
         if _operation(node) not in _MULTIPLY:
             return []
-        operands = self._operands(node)
+        operands = self.operands(node)
         return [
             operand
             for operand in operands
@@ -193,16 +211,17 @@ class BlockGraph:
 
     def _is_gate(self, node: fx.Node) -> bool:
         """Whether the node is a sigmoid or softmax, reshaped or subtracted from a constant."""
-        while not any(part in self._name(node) for part in _GATES):
-            operands = self._operands(node)
-            if self._name(node) not in _RESHAPE or not operands:
+        while not any(part in self.name(node) for part in _GATES):
+            operands = self.operands(node)
+            if self.name(node) not in _RESHAPE or not operands:
                 return False
             node = operands[0]
         return True
 
-    def _name(self, node: fx.Node) -> str:
+    def name(self, node: fx.Node) -> str:
+        """The name of the operation: its module's class, its function or its method."""
         if node.op == "call_module":
-            return type(self._modules[str(node.target)]).__name__.lower()
+            return type(self.modules[str(node.target)]).__name__.lower()
         if node.op == "call_function":
             return str(getattr(node.target, "__name__", node.target)).lower()
         return str(node.target) if node.op == "call_method" else ""

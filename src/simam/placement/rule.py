@@ -10,6 +10,7 @@ folder for a worked example.
 import ast
 import inspect
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +19,8 @@ from typing import Any
 from torch import nn
 
 from ..messages import one_line
-from .dataflow import BlockGraph, holds_spatial_convolution, is_convolution
+from .dataflow import BlockGraph, Branch, holds_spatial_convolution, is_convolution
+from .place import NoHostError, find_hosts
 from .tracing import traces
 
 
@@ -52,7 +54,7 @@ class Unanalysed:
     reason: str
 
 
-def find_insertions(model: nn.Module) -> tuple[list[Insertion], list[Unanalysed]]:
+def find_insertions(model: nn.Module, place: str) -> tuple[list[Insertion], list[Unanalysed]]:
     """Apply the rule to every block of the model, without running or changing the model."""
     graphs: dict[str, BlockGraph] = {}
     unanalysed: list[Unanalysed] = []
@@ -67,12 +69,19 @@ def find_insertions(model: nn.Module) -> tuple[list[Insertion], list[Unanalysed]
     insertions: dict[str, Insertion] = {}
     # named_modules() lists a module that stands at several paths once, at the first of them.
     paths = {module: path for path, module in model.named_modules()}
+    occurrences = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    shared = {module for module, count in occurrences.items() if count > 1}
 
-    def add(block: str, convolutions: list[str], what: str) -> None:
-        parallel = f" (1 of {len(convolutions)} in parallel)" if len(convolutions) > 1 else ""
-        for convolution in convolutions:
-            host = model.get_submodule(f"{block}.{convolution}" if block else convolution)
-            reason = f"last spatial convolution{parallel} of {what}"
+    def add(block: str, branch: Branch, of_what: str) -> None:
+        try:
+            hosts = find_hosts(graphs[block], branch, place, shared)
+        except NoHostError as error:
+            kind = graphs[block].kind.__name__
+            unanalysed.append(Unanalysed(block, f"{kind}, no host for place={place!r}: {error}"))
+            return
+        for path, what in hosts:
+            host = model.get_submodule(f"{block}.{path}" if block else path)
+            reason = f"{what} of {of_what}"
             insertions[paths[host]] = Insertion(paths[host], block, describe_host(host), reason)
 
     branches = {path: graph.residual_branches() for path, graph in graphs.items()}
@@ -82,7 +91,9 @@ def find_insertions(model: nn.Module) -> tuple[list[Insertion], list[Unanalysed]
         for branch in branches[path]:
             add(path, branch, f"the residual branch of {name}")
         if not branches[path] and (graph.kind in residual_kinds or _is_skipless(graph)):
-            add(path, graph.last_convolutions(), f"{name}, whose skip is off here")
+            whole = graph.whole()
+            if whole and whole.last:
+                add(path, whole, f"{name}, whose skip is off here")
 
     # A container that cannot be traced costs nothing if its residual blocks were analysed.
     containers = {path[:i] for path in insertions for i, c in enumerate(path) if c == "."}
@@ -93,11 +104,11 @@ def find_insertions(model: nn.Module) -> tuple[list[Insertion], list[Unanalysed]
 
 
 def describe_host(host: nn.Module) -> str:
-    """The kind of a convolution, such as "Conv2d 3x3"; with SimAM attached it is the same."""
+    """The kind of a host, such as "Conv2d 3x3"; with SimAM attached it is the same."""
     kind = getattr(host, "plain_class", type(host))  # the class before attach
-    size: Any = host.kernel_size
+    size: Any = getattr(host, "kernel_size", ())
     kernel = "x".join(map(str, size if isinstance(size, Iterable) else (size,)))
-    return f"{kind.__name__} {kernel}"
+    return f"{kind.__name__} {kernel}".rstrip()
 
 
 def _analyse(block: nn.Module) -> BlockGraph:
