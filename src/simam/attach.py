@@ -111,6 +111,7 @@ def attach(
         hosts.insert(host, layer.train(host.training))
     for module in model.modules():
         hosts.hide_norm(module)
+        hosts.fold_once(module)
     return model
 
 
@@ -178,7 +179,8 @@ def detached(model: Model) -> Iterator[Model]:
     """Remove the SimAM layers that `attach` inserted for the duration of a `with` block.
 
     For tools that go by the exact class of a layer, such as thop and torchinfo. The layers return
-    when the block ends, with an error too, to the modules that were their hosts.
+    when the block ends, with an error too, to the modules that were their hosts. Do not fold norms
+    in the block, but in a copy that is detached for good.
 
     Args:
         model (nn.Module): the network, changed in place.
@@ -187,8 +189,8 @@ def detached(model: Model) -> Iterator[Model]:
         nn.Module: the same model, without attached SimAM.
 
     Raises:
-        TypeError, ValueError: as `detach`; also if the block made a host parametrized, which then
-            stays without SimAM.
+        TypeError, ValueError: as `detach`; also if the block made a host parametrized, or replaced
+            or removed a module beside it, as folding does. This host then stays without SimAM.
 
     Examples:
         >>> net = attach(nn.Sequential(nn.Conv2d(3, 8, 3)), where="0")
@@ -201,16 +203,32 @@ def detached(model: Model) -> Iterator[Model]:
     layers = {path: (model.get_submodule(path), x) for path, x in attached(model).items()}
     parents = [m for m in model.modules() if hosts.is_changed(m) and not hosts.is_host(m)]
     detach(model)
+    beside = {path: _modules_beside(path, model) for path in layers}
     try:
         yield model
     finally:
-        for host, layer in layers.values():
-            if not _obstacle(host):
+        folded = [path for path in layers if _modules_beside(path, model) != beside[path]]
+        for path, (host, layer) in layers.items():
+            if path not in folded and not _obstacle(host):
                 hosts.insert(host, layer.train(host.training))
         for parent in parents:
             hosts.hide_norm(parent)
+            hosts.fold_once(parent)
         for path, (host, _) in layers.items():
             _check_attachable(path, host)
+        if folded:
+            raise ValueError(
+                f"left without SimAM: {first_few(folded)}. The block replaced or removed a module "
+                "beside it, as folding a norm does; do that to detach(copy.deepcopy(model)) instead"
+            )
+
+
+def _modules_beside(path: str, model: nn.Module) -> dict[str, nn.Module | None]:
+    """The children of the module that holds the module at this path; none if it is gone."""
+    try:
+        return dict(model.get_submodule(path.rpartition(".")[0])._modules)
+    except AttributeError:
+        return {}
 
 
 def _check_other_places(model: nn.Module, place: str) -> None:

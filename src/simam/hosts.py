@@ -72,18 +72,29 @@ def hide_norm(parent: nn.Module) -> None:
         _change_class(parent, _norm_hidden_class)
 
 
+def fold_once(module: nn.Module) -> None:
+    """Keep a block that folds itself, as YOLOv10's RepVGGDW, from being folded a second time.
+
+    Ultralytics 8.3 folds a network again while it has ten norms, and such a block fails then. The
+    norms that `hide_norm` keeps count. A module of another kind is left as it is.
+    """
+    kind = type(module)
+    if _replaces_forward(dir(kind)) and hasattr(kind, "fuse") and not is_changed(module):
+        _change_class(module, _folded_once_class)
+
+
 def is_changed(module: object) -> bool:
-    """Return whether `insert` or `hide_norm` changed the class of the module."""
+    """Return whether a function of this file changed the class of the module."""
     return isinstance(module, _Changed)
 
 
 def class_was_changed_since(module: Any) -> bool:
-    """Return whether a changed module has another class than `insert` or `hide_norm` gave it."""
+    """Return whether a changed module has another class than it got here."""
     return type(module) is not module.make_class(module.plain_class)
 
 
 def undo(module: Any) -> None:
-    """Undo `insert` or `hide_norm`."""
+    """Undo `insert`, `hide_norm` or `fold_once`."""
     if is_host(module):
         del module.simam
     module.__class__ = module.plain_class
@@ -151,6 +162,16 @@ class _NormHidden(_Changed):
         return super().__getattr__(name)
 
 
+class _FoldedOnce(_Changed):
+    """A block that is folded by its own method `fuse`, at most once."""
+
+    def fuse(self, *args: Any, **kwargs: Any) -> Any:
+        # The code that calls this puts `forward_fuse` in the place of `forward` afterwards.
+        if "forward" not in vars(self):
+            return super().fuse(*args, **kwargs)  # type: ignore[misc]
+        return None
+
+
 def _replaces_forward(names: Iterable[str]) -> bool:
     return not _FUSED_FORWARDS.isdisjoint(names)
 
@@ -216,6 +237,12 @@ def _adapts(module: Any, host: nn.Module) -> bool:
 def _norm_hidden_class(plain_class: Any) -> type:
     members = {"__doc__": f"{plain_class.__name__}, whose norm is not folded."}
     return _subclass(_NormHidden, plain_class, plain_class.__name__, _norm_hidden_class, members)
+
+
+@cache
+def _folded_once_class(plain_class: Any) -> type:
+    members = {"__doc__": f"{plain_class.__name__}, which is folded at most once."}
+    return _subclass(_FoldedOnce, plain_class, plain_class.__name__, _folded_once_class, members)
 
 
 def _subclass(
