@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache, update_wrapper
-from types import FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ _FUSED_FORWARDS = frozenset({"forward_fuse", "fuseforward"})
 # What an adapter reads of the layer that it adapts; and the functions of peft that put this layer
 # in the place of the adapter.
 _READ_TO_ADAPT = frozenset({"weight", "base_layer"})
+_WATCHED = _READ_TO_FOLD | _READ_TO_ADAPT
 _UNLOADING = frozenset({"_unload_and_optionally_merge", "unload_and_optionally_merge_module"})
 
 _FOLDING = (
@@ -130,17 +131,26 @@ def _new(make_class: Callable[[Any], type], plain_class: Any) -> Any:
 class _Host(_Changed):
     """A module whose output passes through its child `simam`."""
 
+    forward_code: CodeType | None
+
     def __getattr__(self, name: str) -> Any:
-        # Code that folds a norm into a convolution, or converts a norm, reads the weight and the
-        # statistics in one function, whatever it does with the result. So does a norm itself.
-        is_folded = name in _READ_TO_FOLD and _caller_names(_READ_TO_FOLD.issubset)
-        if is_folded and sys._getframe(1).f_locals.get("self") is not self:
-            raise RuntimeError(_FOLDING.format(self.plain_class.__name__))
-        if name in _READ_TO_ADAPT and not torch.compiler.is_compiling():
-            reader = sys._getframe(1).f_locals.get("self")
-            if reader is not self and _adapts(reader, self):
-                raise RuntimeError(_ADAPTING.format(self.plain_class.__name__))
+        if name in _WATCHED and not torch.compiler.is_compiling():  # compiled code has no frames
+            self._check_reader(name, sys._getframe(1))
         return super().__getattr__(name)
+
+    def _check_reader(self, name: str, reader: FrameType) -> None:
+        """Refuse code that reads an attribute in order to fold, convert or adapt this module."""
+        if reader.f_code is self.forward_code:
+            return
+        owner = reader.f_locals.get("self")
+        if owner is self:
+            return
+        # Code that folds a norm into a convolution, or converts a norm, reads the weight and the
+        # statistics in one function, whatever it does with the result.
+        if name in _READ_TO_FOLD and _READ_TO_FOLD.issubset(reader.f_code.co_names):
+            raise RuntimeError(_FOLDING.format(self.plain_class.__name__))
+        if name in _READ_TO_ADAPT and _adapts(owner, self):
+            raise RuntimeError(_ADAPTING.format(self.plain_class.__name__))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         # Assignment of a parameter calls this, too. A convolution before a batch norm usually has
@@ -191,6 +201,7 @@ def _host_class(plain_class: Any) -> type:
         "__doc__": f"{plain_class.__name__}, its output passed through the child `simam`.",
         "forward": _SCRIPTABLE.get(signature, _then_simam(plain_forward)),
         "_plain_forward": _renamed(plain_forward, "_plain_forward"),
+        "forward_code": getattr(plain_forward, "__code__", None),
     }
     # Folding puts one of these methods in the place of `forward`.
     members |= {
