@@ -28,7 +28,7 @@ SAMPLE = {
 def test_plan_matches_facts_about_places(name: str) -> None:
     model = build("torchvision", name)
     for place in ("norm", "branch"):
-        insertions, unanalysed = find_insertions(model, place)
+        insertions, unanalysed, _ = find_insertions(model, place)
         assert sorted(i.path for i in insertions) == FACTS[place].get(name, [])
         reasons = {u.block: u.reason for u in unanalysed if "no host for place" in u.reason}
         absent = FACTS["none"][place].get(name, {})

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from .dataflow import BlockGraph, Branch, is_convolution
+from .convolutions import is_convolution, plain_class
+from .dataflow import BlockGraph, Branch
+from .own_forward import behind_convolution
 
 PLACES = ("conv", "norm", "branch")
 
@@ -51,11 +53,24 @@ def find_hosts(graph: BlockGraph, branch: Branch, place: str, shared: set[nn.Mod
     if place == "branch":
         return [Host(_end_of_branch(graph, branch.end, shared), "end")]
     if place == "norm":
-        norms = dict.fromkeys(_norm_behind(graph, convolution) for convolution in branch.last)
-        return [_host_of_norm(graph, norm, shared) for norm in norms]
+        return list(dict.fromkeys(_host_of_norm(graph, node, shared) for node in branch.last))
+    for convolution in branch.last:
+        _check_nothing_behind(graph, convolution)
     parallel = f" (1 of {len(branch.last)} in parallel)" if len(branch.last) > 1 else ""
     what = f"last spatial convolution{parallel}"
     return [Host(str(convolution.target), what) for convolution in branch.last]
+
+
+def _check_nothing_behind(graph: BlockGraph, convolution: fx.Node) -> None:
+    """Refuse a convolution that computes a norm or an activation, too: SimAM would follow these."""
+    module = graph.modules[str(convolution.target)]
+    behind = str(behind_convolution(module))
+    if behind:
+        kind = plain_class(module).__name__
+        raise NoHostError(
+            f"the forward of {convolution.target} ({kind}) {behind}; name {convolution.target} in "
+            "where= to put SimAM behind all of it"
+        )
 
 
 def _end_of_branch(graph: BlockGraph, end: fx.Node, shared: set[nn.Module]) -> str:
@@ -92,10 +107,17 @@ def _norm_behind(graph: BlockGraph, convolution: fx.Node) -> str:
 
 def _is_norm(module: nn.Module) -> bool:
     holds_convolution = any(map(is_convolution, module.modules()))
-    return "norm" in type(module).__name__.lower() and not holds_convolution
+    return "norm" in plain_class(module).__name__.lower() and not holds_convolution
 
 
-def _host_of_norm(graph: BlockGraph, path: str, shared: set[nn.Module]) -> Host:
+def _host_of_norm(graph: BlockGraph, convolution: fx.Node, shared: set[nn.Module]) -> Host:
+    module = graph.modules[str(convolution.target)]
+    inside = behind_convolution(module).names
+    if any("norm" in name.lower() for name in inside):
+        has_more = len(inside) > 1
+        what = f"norm{' with its activation' * has_more} inside the last spatial convolution"
+        return Host(str(convolution.target), what)
+    path = _norm_behind(graph, convolution)
     value, *others = graph.trace.outputs[path]
     if others:
         raise NoHostError(f"the norm {path} runs more than once")
