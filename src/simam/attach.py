@@ -18,7 +18,15 @@ from torch.nn.utils import parametrize
 from . import hosts
 from .messages import first_few
 from .module import SimAM
-from .placement import PLACES, Selector, check_module, find_insertions, list_unanalysed, plan
+from .placement import (
+    PLACES,
+    Selector,
+    check_module,
+    find_insertions,
+    list_existing,
+    list_unanalysed,
+    plan,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,7 +69,8 @@ def attach(
             or if SimAM is attached at another place already. The model is then unchanged.
 
     Warns:
-        UserWarning: a block that may be residual could not be analysed and gets no SimAM.
+        UserWarning: a block that may be residual could not be analysed and gets no SimAM; a block
+            has SimAM already and gets no second one; or it gets one, because where= selects it.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -86,6 +95,15 @@ def attach(
             "left without SimAM, because they could not be analysed: "
             f"{list_unanalysed(planned.unanalysed)}. Choose hosts with where=, or name the blocks "
             "in exclude= to accept this.",
+            stacklevel=2,
+        )
+    if planned.existing:
+        existing = list_existing(planned.existing)
+        warnings.warn(
+            f"selected by where=, though SimAM is there already: {existing}"
+            if where is not None
+            else f"left without a second SimAM: {existing}. Choose hosts with where= to insert one "
+            "all the same, or name the blocks in exclude= to accept this.",
             stacklevel=2,
         )
     for host in chosen.values():

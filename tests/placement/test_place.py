@@ -41,6 +41,14 @@ class ConvBN(nn.Module):
         return self.act(self.bn(self.conv(x)))
 
 
+class GroupRMSNorm(nn.Module):
+    """A norm with two operations on its input, in which the channels are grouped for a while."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.reshape(x.shape[0], 2, -1) - x.mean()
+        return (groups * groups.square().mean(2, keepdim=True).rsqrt()).reshape(x.shape)
+
+
 def norm() -> nn.Module:
     return nn.BatchNorm2d(8)
 
@@ -130,6 +138,12 @@ def test_plan_places_one_simam_behind_the_norm_of_parallel_convolutions() -> Non
     assert hosts(net, "norm") == [("norm2", "BatchNorm2d")]
 
 
+@pytest.mark.parametrize("place", ["norm", "branch"])
+def test_plan_places_simam_behind_a_norm_of_several_operations(place: str) -> None:
+    net = normed(norm1=norm(), norm2=GroupRMSNorm())
+    assert hosts(net, place) == [("norm2", "GroupRMSNorm")]
+
+
 def test_plan_places_simam_where_the_skip_is_off() -> None:
     @block
     def maybe_residual(self, x):
@@ -160,6 +174,10 @@ def scaled(self: Block, x: Tensor) -> Tensor:
     return x + self.scale.weight.view(8, 1, 1) * self.norm2(self.conv2(self.conv1(x).relu()))
 
 
+def norm_used_twice(self: Block, x: Tensor) -> Tensor:
+    return x + self.norm2(self.conv2(self.norm2(self.conv1(x)).relu()))
+
+
 def used_twice(self: Block, x: Tensor) -> Tensor:
     y = self.norm2(self.conv2(self.conv1(x).relu()))
     return x + y, y
@@ -181,7 +199,8 @@ def shared_end(self: Block, x: Tensor) -> Tensor:
         (functional_norm, "branch", "it ends in the function instance_norm"),
         (no_norm, "norm", "conv2 is not followed by a norm, but by relu"),
         (forked, "norm", "conv2 is followed by 2 operations"),
-        (scaled, "branch", "it ends in the function mul"),
+        (scaled, "branch", "it ends in the function mul with scale.weight, and no module"),
+        (norm_used_twice, "norm", "norm2 runs more than once"),
         (used_twice, "branch", "the end of the branch has other uses than the add"),
         (reordered, "branch", "reorders dimensions at the end of the branch"),
         (shared_end, "branch", "it ends in a relu that the model uses more than once"),
@@ -204,6 +223,31 @@ def test_plan_names_a_block_without_host(forward: object, place: str, reason: st
         plan(net[0], place=place)
     assert f"with a host for place='{place}'" in str(error.value)
     assert len(plan(net)) == 2
+
+
+@block
+def scaled_body(self, x):
+    return x + 0.2 * self.body(x)
+
+
+def test_plan_names_a_block_without_host_around_blocks_with_hosts() -> None:
+    net = nn.Sequential(scaled_body(body=normed(norm1=norm(), norm2=norm())))
+    found = plan(net, place="branch")
+    assert [insertion.path for insertion in found] == ["0.body.norm2"]
+    (unanalysed,) = found.unanalysed
+    assert unanalysed.block == "0"
+    assert unanalysed.reason.startswith("scaled_body, no host for place='branch': it ends in the")
+
+
+def test_plan_names_no_block_that_has_a_host_at_the_end_of_another_branch() -> None:
+    @block
+    def chain(self, x):  # as in Res2Net, where a branch within the branch ends in an activation
+        y = self.conv1(x).relu()
+        return x + self.norm2(self.conv2(y + x))
+
+    found = plan(chain(norm2=norm()), place="branch")
+    assert [insertion.path for insertion in found] == ["norm2"]
+    assert not found.unanalysed
 
 
 @pytest.mark.parametrize("place", ["bn", "", None, "Conv"])

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
+from .. import hosts
+
 _ATTEMPTS = 8
 
 
@@ -72,13 +74,15 @@ def traces(
 
 
 def _skeleton(block: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, without hooks, its tensors on the meta device: safe to run."""
+    """A copy without values, hooks and attached SimAM, in evaluation mode: safe to run."""
     tensors = chain(block.parameters(), block.buffers())
     clone = copy.deepcopy(block, {id(t): t if is_lazy(t) else _without_values(t) for t in tensors})
     clone.eval()
-    for module in clone.modules():
+    for module in list(clone.modules()):
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
+        if hosts.is_changed(module) and not hosts.class_was_changed_since(module):
+            hosts.undo(module)
     return clone
 
 
