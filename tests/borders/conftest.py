@@ -14,12 +14,15 @@ OUTCOMES = ("works", "works, with a note", "refused clearly", "fails")
 
 
 @pytest.fixture(scope="session")
-def _recorded() -> Iterator[dict[str, list[dict[str, object]]]]:
-    """The cases of this session by tool; they replace those of the same tools in the file."""
+def _recorded(request: pytest.FixtureRequest) -> Iterator[dict[str, list[dict[str, object]]]]:
+    """The cases of this session by tool; they replace those of the same tools in the file.
+
+    The file stays as it is if a test has failed.
+    """
     recorded: dict[str, list[dict[str, object]]] = {}
     yield recorded
     target = os.environ.get("SIMAM_BORDERS_RESULTS")
-    if not target or not recorded:
+    if not target or not recorded or request.session.testsfailed:
         return
     file = Path(target)
     results = json.loads(file.read_text()) if file.exists() else {}

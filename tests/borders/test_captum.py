@@ -30,7 +30,12 @@ class Block(nn.Module):
 def net() -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3), Block(8), Block(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+        nn.Conv2d(3, 8, 3),
+        Block(8),
+        Block(8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
     )
     return train_norms(net, torch.rand(8, 3, 16, 16))
 
@@ -66,7 +71,6 @@ def test_integrated_gradients_are_complete_with_simam(
     from captum.attr import IntegratedGradients
 
     missed = incompleteness(IntegratedGradients, attach(net, e_lambda=0.1))
-    print(missed)
     assert missed < 0.01  # 50 steps of integration
     record(tool("captum"), "`IntegratedGradients`", "works", network="two blocks")
 

@@ -29,8 +29,9 @@ def test_from_pretrained_needs_attach_again(tmp_path: Path, record: Callable[...
     assert attached(loaded).keys() == hosts
     record(
         tool("segmentation-models-pytorch"),
-        "`save_pretrained`, `from_pretrained`, attach again",
+        "`save_pretrained`, `from_pretrained`",
         "works, with a note",
         network="U-Net with resnet18",
+        note="`attach` again after loading",
         **compare(loaded(x), expected, plain),
     )

@@ -89,8 +89,9 @@ def test_save_for_hf_loses_attached_simam(tmp_path: Path, record: Record) -> Non
     assert len(attached(loaded)) == 8
     record(
         tool("timm"),
-        "`save_for_hf`, load, attach again",
+        "`save_for_hf` and load",
         "works, with a note",
         network="resnet18",
+        note="`attach` again after loading",
         **compare(loaded(x), expected, plain),
     )

@@ -41,9 +41,7 @@ def save(net: nn.Module, x: Tensor, record: Callable[..., None]) -> Callable[...
     return save
 
 
-def test_fuse_conv_bn_eval_is_refused(
-    net: nn.Module, x: Tensor, save: Callable[..., None]
-) -> None:
+def test_fuse_conv_bn_eval_is_refused(net: nn.Module, x: Tensor, save: Callable[..., None]) -> None:
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     block = net.layer1[0]

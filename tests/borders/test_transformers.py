@@ -30,8 +30,9 @@ def test_from_pretrained_needs_attach_again(tmp_path: Path, record: Callable[...
     assert len(attached(loaded)) == 4
     record(
         tool("transformers"),
-        "`save_pretrained`, `from_pretrained`, attach again",
+        "`save_pretrained`, `from_pretrained`",
         "works, with a note",
         network="ResNet",
+        note="`attach` again after loading",
         **compare(loaded(x).logits, expected, plain),
     )

@@ -10,11 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from simam import attach, attached, detach
@@ -59,6 +56,8 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def data(folder: Path) -> str:
     """Four images with a rectangle each, as a data set of Ultralytics."""
+    from PIL import Image, ImageDraw
+
     for split in ("train", "val"):
         images, labels = (folder / kind / split for kind in ("images", "labels"))
         images.mkdir(parents=True)
@@ -144,18 +143,14 @@ def largest_difference(actual: list[Tensor], expected: list[Tensor]) -> float:
     return max(map(relative_difference, actual, expected))
 
 
-def compare_all(
-    seen: list[tuple[Tensor, list[Tensor]]], reference: nn.Module
-) -> dict[str, float]:
+def compare_all(seen: list[tuple[Tensor, list[Tensor]]], reference: nn.Module) -> dict[str, float]:
     """Compare all features with the right ones, and those with the features without SimAM."""
     plain = detach(copy.deepcopy(reference))
     # Ultralytics warms up with uninitialised memory.
     seen = [(x, y) for x, y in seen if ((x >= 0) & (x <= 1)).all()]
     assert seen
     expected = [features(reference, x) for x, _ in seen]
-    difference = max(
-        largest_difference(y, z) for (_, y), z in zip(seen, expected, strict=True)
-    )
+    difference = max(largest_difference(y, z) for (_, y), z in zip(seen, expected, strict=True))
     without = max(
         largest_difference(features(plain, x), z) for (x, _), z in zip(seen, expected, strict=True)
     )
@@ -190,6 +185,22 @@ def test_fuse_gives_the_unfused_values(
     save(record, "`model.fuse()`, twice", name, compare_all(seen, reference))
 
 
+@pytest.mark.parametrize("place", ["norm", "branch"])
+def test_fuse_gives_the_unfused_values_at_every_place(
+    name: str, yolo: Any, place: str, record: Record
+) -> None:
+    net = attach(detach(yolo.model), place=place, e_lambda=0.1)
+    hosts = attached(net).keys()
+    reference = copy.deepcopy(net)
+    for _ in range(2):
+        yolo.fuse()
+        assert attached(net).keys() == hosts
+        with seen_by_head(net) as seen:
+            net(torch.rand(1, 3, 64, 64))
+        differences = compare_all(seen, reference)
+    save(record, f'`model.fuse()`, twice, with `place="{place}"`', name, differences)
+
+
 def test_fuse_of_the_plain_network_gives_the_unfused_values(yolo: Any) -> None:
     x = torch.rand(1, 3, 64, 64)
     expected = features(detach(yolo.model), x)
@@ -200,11 +211,10 @@ def test_fuse_of_the_plain_network_gives_the_unfused_values(yolo: Any) -> None:
 def test_predict_then_val_give_the_unfused_values(
     name: str, yolo: Any, reference: nn.Module, data: str, record: Record
 ) -> None:
-    image = np.array(Image.open("images/val/0.png"))
     for _ in range(2):
         yolo.predictor = None  # which folds the network
         with seen_by_head(yolo.model) as seen:
-            result = yolo.predict(image, imgsz=64, conf=0.01, device="cpu", verbose=False)
+            result = yolo.predict("images/val/0.png", imgsz=64, conf=0.01, device="cpu", verbose=False)
         assert len(result[0].boxes)
         predicted = compare_all(seen, reference)
         with seen_by_head(yolo.model) as seen:
@@ -222,6 +232,8 @@ def test_export_gives_the_unfused_values(
     x = torch.rand(1, 3, 64, 64)
     file = yolo.export(format=form, imgsz=64, device="cpu")
     if form == "onnx":
+        import onnxruntime
+
         session = onnxruntime.InferenceSession(file)
         output = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     else:
@@ -230,12 +242,8 @@ def test_export_gives_the_unfused_values(
     head.export = True  # the same layout of the output
     head.format = form
     plain = detach(copy.deepcopy(reference))
-    expected = scores(reference(x), head.nc)
-    actual = relative_difference(scores(output, head.nc), expected)
-    without = relative_difference(scores(plain(x), head.nc), expected)
-    print(actual, without)
-    assert actual < TOLERANCE
-    assert without > NOTICEABLE
+    outputs = [scores(y, head.nc) for y in (output, reference(x), plain(x))]
+    differences = compare(*outputs)
     assert len(attached(yolo.model)) == HOSTS[name]
     title = {"onnx": "ONNX", "torchscript": "TorchScript"}[form]
     save(record, f"export to {title}", name, differences)
@@ -262,16 +270,21 @@ def test_train_without_the_recipe_loses_simam(yolo: Any, data: str) -> None:
     assert attached(yolo.model) == {}
 
 
-def test_train_with_the_recipe_keeps_simam(name: str, data: str, record: Record) -> None:
-    from ultralytics import YOLO
+def simam_trainer() -> type:
     from ultralytics.models.yolo.detect import DetectionTrainer
 
     class SimAMTrainer(DetectionTrainer):
         def get_model(self, *args: Any, **kwargs: Any) -> nn.Module:
             return attach(super().get_model(*args, **kwargs), e_lambda=0.1)
 
+    return SimAMTrainer
+
+
+def test_train_with_the_recipe_keeps_simam(name: str, data: str, record: Record) -> None:
+    from ultralytics import YOLO
+
     yolo = YOLO(f"{name}.yaml")
-    train(yolo, data, trainer=SimAMTrainer)
+    train(yolo, data, trainer=simam_trainer())
     best = YOLO(yolo.trainer.best).model.float()
     for net in (yolo.trainer.model, yolo.trainer.ema.ema, yolo.model, best):
         assert len(attached(net)) == HOSTS[name]
@@ -284,3 +297,16 @@ def test_train_with_the_recipe_keeps_simam(name: str, data: str, record: Record)
         folded(x)
         differences = compare_all(seen, best)
     save(record, "`train`, as below", name, differences)
+
+
+def test_train_from_a_saved_network_needs_the_recipe_again(data: str) -> None:
+    from ultralytics import YOLO
+
+    yolo = YOLO("yolov8n.yaml")
+    train(yolo, data, trainer=simam_trainer())
+    saved = yolo.trainer.best
+    for options, expected in (({}, 0), ({"trainer": simam_trainer()}, HOSTS["yolov8n"])):
+        again = YOLO(saved)
+        assert len(attached(again.model)) == HOSTS["yolov8n"]
+        train(again, data, **options)
+        assert len(attached(again.model)) == expected
