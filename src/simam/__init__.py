@@ -6,10 +6,11 @@ from .attention_maps import attention_maps
 from .checkpoints import load_checkpoint
 from .kernels import kernels_info
 from .module import SimAM
-from .placement import Insertion, Plan, Unanalysed, plan
+from .placement import ExistingSimAM, Insertion, Plan, Unanalysed, plan
 from .recalibrate import recalibrate
 
 __all__ = [
+    "ExistingSimAM",
     "Insertion",
     "Plan",
     "SimAM",

@@ -1,8 +1,8 @@
 """Insert SimAM into an existing network, and take it out again.
 
-A convolution gets a child `simam` and a subclass of its own class whose forward passes the
-output through that child, as torch's parametrizations do. No parameter or buffer is renamed;
-`print`, `modules`, copying, pickling, compiling and exporting treat it like any other layer.
+A host gets a child `simam` and a subclass of its own class whose forward passes the output through
+that child, as torch's parametrizations do. No parameter or buffer is renamed; `print`, `modules`,
+copying, pickling, compiling and exporting treat the host like any other layer.
 """
 
 import warnings
@@ -16,8 +16,17 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from . import hosts
+from .messages import first_few
 from .module import SimAM
-from .placement import Selector, check_module, list_unanalysed, plan
+from .placement import (
+    PLACES,
+    Selector,
+    check_module,
+    find_insertions,
+    list_existing,
+    list_unanalysed,
+    plan,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,6 +36,7 @@ def attach(
     *,
     e_lambda: float = 1e-4,
     statistics: str = "shared",
+    place: str = "conv",
     where: Selector | None = None,
     exclude: Selector | None = None,
 ) -> Model:
@@ -36,8 +46,8 @@ def attach(
     at first: its batch norms now see inputs scaled by 0.62 to 1. Fine-tune it. Without
     fine-tuning, `recalibrate` restores most of the accuracy; the fewer stages get SimAM, the more.
 
-    A convolution that already has a SimAM gets a new one with the new options. Convolutions outside
-    the selection keep theirs. Fold re-parameterisable blocks (`fuse`, timm's
+    A host that already has a SimAM gets a new one with the new options. Hosts outside the selection
+    keep theirs. Fold re-parameterisable blocks (`fuse`, timm's
     `reparameterize_model`) before attaching: folding afterwards drops the SimAM layers.
 
     Args:
@@ -45,6 +55,8 @@ def attach(
         e_lambda (float): the regulariser lambda; see `simam.functional.simam`. The authors use
             0.1 on ImageNet and COCO.
         statistics (str): "shared" or "leave_one_out".
+        place (str): where in the residual branch: "conv" (the authors'), "norm" or "branch"; see
+            `plan`.
         where (str, iterable of str, or callable, optional): see `plan`.
         exclude (str, iterable of str, or callable, optional): see `plan`.
 
@@ -52,11 +64,13 @@ def attach(
         nn.Module: the model that was given.
 
     Raises:
-        TypeError, ValueError: as `SimAM` and `plan`; also if a convolution is parametrized, lazy or
-            scripted, or has an attribute `simam` of its own. The model is then unchanged.
+        TypeError, ValueError: as `SimAM` and `plan`; also if a host cannot be changed (it is
+            parametrized, lazy, scripted or a container, or has an attribute `simam` of its own),
+            or if SimAM is attached at another place already. The model is then unchanged.
 
     Warns:
-        UserWarning: a block that may be residual could not be analysed and gets no SimAM.
+        UserWarning: a block that may be residual could not be analysed and gets no SimAM; a block
+            has SimAM already and gets no second one; or it gets one, because where= selects it.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -70,27 +84,39 @@ def attach(
         )
     """
     SimAM(e_lambda=e_lambda, statistics=statistics)  # refuses wrong options before any change
-    planned = plan(model, where=where, exclude=exclude)
-    convolutions = [model.get_submodule(insertion.path) for insertion in planned]
-    for insertion, convolution in zip(planned, convolutions, strict=True):
-        _check_attachable(insertion.path, convolution)
+    planned = plan(model, place=place, where=where, exclude=exclude)
+    chosen = {insertion.path: model.get_submodule(insertion.path) for insertion in planned}
+    for path, host in chosen.items():
+        _check_attachable(path, host)
+    if where is None:
+        _check_other_places(model, place)
     if planned.unanalysed:
         warnings.warn(
             "left without SimAM, because they could not be analysed: "
-            f"{list_unanalysed(planned.unanalysed)}. Choose convolutions with where=, or name the "
-            "blocks in exclude= to accept this.",
+            f"{list_unanalysed(planned.unanalysed)}. Choose hosts with where=, or name the blocks "
+            "in exclude= to accept this.",
             stacklevel=2,
         )
-    for convolution in convolutions:
+    if planned.existing:
+        existing = list_existing(planned.existing)
+        warnings.warn(
+            f"selected by where=, though SimAM is there already: {existing}"
+            if where is not None
+            else f"left without a second SimAM: {existing}. Choose hosts with where= to insert one "
+            "all the same, or name the blocks in exclude= to accept this.",
+            stacklevel=2,
+        )
+    for host in chosen.values():
         layer = SimAM(e_lambda=e_lambda, statistics=statistics)
-        hosts.insert(convolution, layer.train(convolution.training))
+        hosts.insert(host, layer.train(host.training))
     for module in model.modules():
         hosts.hide_norm(module)
+        hosts.fold_once(module)
     return model
 
 
 def detach(model: Model) -> Model:
-    """Undo `attach`, in place: every convolution gets its class back and loses its SimAM.
+    """Undo `attach`, in place: every host gets its class back and loses its SimAM.
 
     A model without attached SimAM is returned unchanged.
 
@@ -102,7 +128,7 @@ def detach(model: Model) -> Model:
 
     Raises:
         TypeError: model is not a module.
-        ValueError: the class of a convolution with SimAM has changed since, as parametrizations
+        ValueError: the class of a host has changed since, as parametrizations
             do. The model is then unchanged.
 
     Examples:
@@ -153,7 +179,8 @@ def detached(model: Model) -> Iterator[Model]:
     """Remove the SimAM layers that `attach` inserted for the duration of a `with` block.
 
     For tools that go by the exact class of a layer, such as thop and torchinfo. The layers return
-    when the block ends, with an error too, to the modules that were their hosts.
+    when the block ends, with an error too, to the modules that were their hosts. Do not fold norms
+    in the block, but in a copy that is detached for good.
 
     Args:
         model (nn.Module): the network, changed in place.
@@ -162,8 +189,8 @@ def detached(model: Model) -> Iterator[Model]:
         nn.Module: the same model, without attached SimAM.
 
     Raises:
-        TypeError, ValueError: as `detach`; also if the block made a host parametrized, which then
-            stays without SimAM.
+        TypeError, ValueError: as `detach`; also if the block made a host parametrized, or replaced
+            or removed a module beside it, as folding does. This host then stays without SimAM.
 
     Examples:
         >>> net = attach(nn.Sequential(nn.Conv2d(3, 8, 3)), where="0")
@@ -176,16 +203,47 @@ def detached(model: Model) -> Iterator[Model]:
     layers = {path: (model.get_submodule(path), x) for path, x in attached(model).items()}
     parents = [m for m in model.modules() if hosts.is_changed(m) and not hosts.is_host(m)]
     detach(model)
+    beside = {path: _modules_beside(path, model) for path in layers}
     try:
         yield model
     finally:
-        for host, layer in layers.values():
-            if not _obstacle(host):
+        folded = [path for path in layers if _modules_beside(path, model) != beside[path]]
+        for path, (host, layer) in layers.items():
+            if path not in folded and not _obstacle(host):
                 hosts.insert(host, layer.train(host.training))
         for parent in parents:
             hosts.hide_norm(parent)
+            hosts.fold_once(parent)
         for path, (host, _) in layers.items():
             _check_attachable(path, host)
+        if folded:
+            raise ValueError(
+                f"left without SimAM: {first_few(folded)}. The block replaced or removed a module "
+                "beside it, as folding a norm does; do that to detach(copy.deepcopy(model)) instead"
+            )
+
+
+def _modules_beside(path: str, model: nn.Module) -> dict[str, nn.Module | None]:
+    """The children of the module that holds the module at this path; none if it is gone."""
+    try:
+        return dict(model.get_submodule(path.rpartition(".")[0])._modules)
+    except AttributeError:
+        return {}
+
+
+def _check_other_places(model: nn.Module, place: str) -> None:
+    """Refuse a second SimAM in a branch that has one at another place."""
+    present = attached(model).keys()
+    if not present:
+        return
+    hosts_at = {p: {i.path for i in find_insertions(model, p)[0]} for p in PLACES}
+    for other, paths in hosts_at.items():
+        elsewhere = present & paths - hosts_at[place]
+        if elsewhere:
+            raise ValueError(
+                f"{len(elsewhere)} branches have SimAM at place={other!r}: "
+                f"{first_few(sorted(elsewhere))}. Remove it first: simam.detach(model)"
+            )
 
 
 def _check_attachable(path: str, host: nn.Module) -> None:
@@ -202,6 +260,12 @@ def _obstacle(host: nn.Module) -> str:
         return "is a TorchScript module; attach before scripting"
     if any(map(is_lazy, host.parameters())):
         return "is lazy and not yet initialised; run the model once first"
+    if isinstance(host, nn.Sequential):
+        return "would run SimAM as one of its layers; name its last layer"
+    if type(host).forward is nn.Module.forward:
+        return "has no forward; name a module that has one"
+    if "forward" in vars(host):
+        return "has a forward of its own on the instance, as folding leaves it; attach before"
     if hasattr(host, "simam") and not hosts.is_host(host):
         return "already has an attribute 'simam' of its own; rename it"
     return ""

@@ -4,9 +4,11 @@ A host gets a child `simam` and a subclass of its own class whose forward passes
 that child. Other code may rebuild, fold or copy a host; it must not lose SimAM without an error.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, update_wrapper
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -14,14 +16,24 @@ from torch import Tensor, nn
 
 from .module import SimAM
 
-# The names in code that folds a norm, beside the weight; and in code that folds a module by its own
-# method.
-_FOLDED_INTO_WEIGHT = frozenset({"running_var", "eps"})
+# The names in code that folds a norm, and in code that folds a module by the module's own method.
+_READ_TO_FOLD = frozenset({"weight", "running_var", "eps"})
 _FUSED_FORWARDS = frozenset({"forward_fuse", "fuseforward"})
+# What an adapter reads of the layer that it adapts; and the functions of peft that put this layer
+# in the place of the adapter.
+_READ_TO_ADAPT = frozenset({"weight", "base_layer"})
+_WATCHED = _READ_TO_FOLD | _READ_TO_ADAPT
+_UNLOADING = frozenset({"_unload_and_optionally_merge", "unload_and_optionally_merge_module"})
 
 _FOLDING = (
-    "cannot fold a norm into this convolution, because SimAM comes between the two. Nothing has "
-    "been changed. Fold before simam.attach, or fold a copy after simam.detach"
+    "cannot fold or convert this {}: its output passes through SimAM, which would be lost or "
+    "misplaced. Nothing has been changed. Fold or convert before simam.attach, or a copy after "
+    "simam.detach"
+)
+_ADAPTING = (
+    "cannot adapt this {}: SimAM is attached to it, so that an adapter would act behind SimAM, but "
+    "before it once it is merged. The layer has not been changed. Adapt first and attach then: "
+    "simam.detach(model), get_peft_model(model, config), simam.attach(model)"
 )
 _NEW_BIAS = (
     "cannot give this convolution a bias, as folding a batch norm into it does, because SimAM "
@@ -35,6 +47,12 @@ def is_host(module: object) -> bool:
     return isinstance(module, _Host)
 
 
+def is_adapter(module: object) -> bool:
+    """Return whether the module is an adapter of peft, such as LoRA, around its `base_layer`."""
+    is_module = isinstance(module, nn.Module) and hasattr(type(module), "get_base_layer")
+    return is_module and isinstance(getattr(module, "base_layer", None), nn.Module)
+
+
 def insert(host: nn.Module, layer: SimAM) -> None:
     """Make a module the host of a SimAM layer, or replace the layer of a host."""
     host.simam = layer
@@ -43,30 +61,41 @@ def insert(host: nn.Module, layer: SimAM) -> None:
 
 
 def hide_norm(parent: nn.Module) -> None:
-    """Keep a norm behind a host from the folding of Ultralytics and its family.
+    """Keep a norm with SimAM before or behind it from the folding of Ultralytics and its family.
 
     They fold every module that has `conv`, `bn` and `forward_fuse`, unasked, in predict, val and
     export. A module of another kind is left as it is.
     """
     children = parent._modules
     is_foldable = _replaces_forward(dir(type(parent)))
-    is_pair = is_host(children.get("conv")) and "bn" in children
+    is_pair = "bn" in children and (is_host(children.get("conv")) or is_host(children["bn"]))
     if is_foldable and is_pair and not isinstance(parent, _NormHidden):
         _change_class(parent, _norm_hidden_class)
 
 
+def fold_once(module: nn.Module) -> None:
+    """Keep a block that folds itself, as YOLOv10's RepVGGDW, from being folded a second time.
+
+    Ultralytics 8.3 folds a network again while it has ten norms, and such a block fails then. The
+    norms that `hide_norm` keeps count. A module of another kind is left as it is.
+    """
+    kind = type(module)
+    if _replaces_forward(dir(kind)) and hasattr(kind, "fuse") and not is_changed(module):
+        _change_class(module, _folded_once_class)
+
+
 def is_changed(module: object) -> bool:
-    """Return whether `insert` or `hide_norm` changed the class of the module."""
+    """Return whether a function of this file changed the class of the module."""
     return isinstance(module, _Changed)
 
 
 def class_was_changed_since(module: Any) -> bool:
-    """Return whether a changed module has another class than `insert` or `hide_norm` gave it."""
+    """Return whether a changed module has another class than it got here."""
     return type(module) is not module.make_class(module.plain_class)
 
 
 def undo(module: Any) -> None:
-    """Undo `insert` or `hide_norm`."""
+    """Undo `insert`, `hide_norm` or `fold_once`."""
     if is_host(module):
         del module.simam
     module.__class__ = module.plain_class
@@ -102,12 +131,26 @@ def _new(make_class: Callable[[Any], type], plain_class: Any) -> Any:
 class _Host(_Changed):
     """A module whose output passes through its child `simam`."""
 
+    forward_code: CodeType | None
+
     def __getattr__(self, name: str) -> Any:
-        # Code that folds a norm reads, in one function, the weight of the convolution and the
-        # statistics of the norm, whatever it does with the result.
-        if name == "weight" and _caller_names(_FOLDED_INTO_WEIGHT.issubset):
-            raise RuntimeError(_FOLDING)
+        if name in _WATCHED and not torch.compiler.is_compiling():  # compiled code has no frames
+            self._check_reader(name, sys._getframe(1))
         return super().__getattr__(name)
+
+    def _check_reader(self, name: str, reader: FrameType) -> None:
+        """Refuse code that reads an attribute in order to fold, convert or adapt this module."""
+        if reader.f_code is self.forward_code:
+            return
+        owner = reader.f_locals.get("self")
+        if owner is self:
+            return
+        # Code that folds a norm into a convolution, or converts a norm, reads the weight and the
+        # statistics in one function, whatever it does with the result.
+        if name in _READ_TO_FOLD and _READ_TO_FOLD.issubset(reader.f_code.co_names):
+            raise RuntimeError(_FOLDING.format(self.plain_class.__name__))
+        if name in _READ_TO_ADAPT and _adapts(owner, self):
+            raise RuntimeError(_ADAPTING.format(self.plain_class.__name__))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         # Assignment of a parameter calls this, too. A convolution before a batch norm usually has
@@ -123,9 +166,20 @@ class _NormHidden(_Changed):
     def __getattr__(self, name: str) -> Any:
         # Code that folds in this way asks for a norm and replaces forward by forward_fuse, in one
         # function. It skips a module that has no norm.
-        if name == "bn" and is_host(self._modules.get("conv")) and _caller_names(_replaces_forward):
+        has_host = any(map(is_host, self._modules.values()))
+        if name == "bn" and has_host and _caller_names(_replaces_forward):
             raise AttributeError("SimAM comes between this norm and its convolution")
         return super().__getattr__(name)
+
+
+class _FoldedOnce(_Changed):
+    """A block that is folded by its own method `fuse`, at most once."""
+
+    def fuse(self, *args: Any, **kwargs: Any) -> Any:
+        # The code that calls this puts `forward_fuse` in the place of `forward` afterwards.
+        if "forward" not in vars(self):
+            return super().fuse(*args, **kwargs)  # type: ignore[misc]
+        return None
 
 
 def _replaces_forward(names: Iterable[str]) -> bool:
@@ -142,22 +196,64 @@ def _caller_names(is_suspicious: Callable[[tuple[str, ...]], bool]) -> bool:
 @cache
 def _host_class(plain_class: Any) -> type:
     plain_forward = plain_class.forward
+    signature = tuple(inspect.signature(plain_forward).parameters)
+    members = {
+        "__doc__": f"{plain_class.__name__}, its output passed through the child `simam`.",
+        "forward": _SCRIPTABLE.get(signature, _then_simam(plain_forward)),
+        "_plain_forward": _renamed(plain_forward, "_plain_forward"),
+        "forward_code": getattr(plain_forward, "__code__", None),
+    }
+    # Folding puts one of these methods in the place of `forward`.
+    members |= {
+        name: _then_simam(getattr(plain_class, name))
+        for name in _FUSED_FORWARDS
+        if hasattr(plain_class, name)
+    }
+    if hasattr(plain_class, "get_base_layer"):
+        members["get_base_layer"] = _get_base_layer
+    return _subclass(_Host, plain_class, f"SimAM{plain_class.__name__}", _host_class, members)
 
+
+def _renamed(function: Any, name: str) -> Any:
+    """A copy of a method under another name; TorchScript goes by the name of the function."""
+    if not isinstance(function, FunctionType):
+        return function
+    parts = (function.__globals__, name, function.__defaults__, function.__closure__)
+    return update_wrapper(FunctionType(function.__code__, *parts), function, ("__annotations__",))
+
+
+def _then_simam(plain_forward: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.simam(plain_forward(self, *args, **kwargs))
 
-    scriptable = plain_forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-    members = {
-        "__doc__": f"{plain_class.__name__}, its output passed through the child `simam`.",
-        "forward": _scriptable_forward if scriptable else forward,
-    }
-    return _subclass(_Host, plain_class, f"SimAM{plain_class.__name__}", _host_class, members)
+    return forward
+
+
+def _get_base_layer(self: Any) -> Any:
+    """Return the layer inside an adapter; if it is to replace the adapter, with SimAM."""
+    base_layer = self.plain_class.get_base_layer(self)
+    if sys._getframe(1).f_code.co_name in _UNLOADING:
+        layer, self.is_unloaded = self.simam, True
+        undo(self)
+        insert(base_layer, layer)
+    return base_layer
+
+
+def _adapts(module: Any, host: nn.Module) -> bool:
+    """Return whether a module is an adapter of a host, and not one that the host has left."""
+    return is_adapter(module) and module.base_layer is host and not hasattr(module, "is_unloaded")
 
 
 @cache
 def _norm_hidden_class(plain_class: Any) -> type:
     members = {"__doc__": f"{plain_class.__name__}, whose norm is not folded."}
     return _subclass(_NormHidden, plain_class, plain_class.__name__, _norm_hidden_class, members)
+
+
+@cache
+def _folded_once_class(plain_class: Any) -> type:
+    members = {"__doc__": f"{plain_class.__name__}, which is folded at most once."}
+    return _subclass(_FoldedOnce, plain_class, plain_class.__name__, _folded_once_class, members)
 
 
 def _subclass(
@@ -172,7 +268,18 @@ def _subclass(
     return type(name, (mixin, plain_class), members)
 
 
-def _scriptable_forward(self: Any, input: Tensor) -> Tensor:
-    # TorchScript supports neither super() nor variable arguments.
-    output: Tensor = self.simam(self._conv_forward(input, self.weight, self.bias))
+# TorchScript supports neither variable arguments nor super().
+def _forward_input(self: Any, input: Tensor) -> Tensor:
+    output: Tensor = self.simam(self._plain_forward(input))
     return output
+
+
+def _forward_x(self: Any, x: Tensor) -> Tensor:
+    output: Tensor = self.simam(self._plain_forward(x))
+    return output
+
+
+_SCRIPTABLE: dict[tuple[str, ...], Callable[..., Tensor]] = {
+    ("self", "input"): _forward_input,
+    ("self", "x"): _forward_x,
+}

@@ -26,10 +26,10 @@ def net() -> nn.Module:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"e_lambda": 0}, "e_lambda must be a positive, finite number, got 0.0"),
+        ({"e_lambda": 0.0}, "e_lambda must be a positive, finite number, got 0.0"),
         ({"e_lambda": "0.1"}, "e_lambda must be a number, got '0.1'"),
         ({"statistics": "exact"}, "statistics must be 'shared' or 'leave_one_out', got 'exact'"),
-        ({"where": "features.*"}, "where='features.*' matches none of the model's convolutions"),
+        ({"where": "features.*"}, "where='features.*' matches none of the model's modules"),
         ({"exclude": "features.*"}, "exclude='features.*' matches none of the planned insertions"),
     ],
 )
@@ -122,7 +122,7 @@ def test_attach_warns_of_an_unanalysed_block(net: nn.Module) -> None:
     net.append(untraceable())
     message = (
         r"^left without SimAM, because they could not be analysed: 4 \(untraceable, .*Proxy.*\)\. "
-        r"Choose convolutions with where=, or name the blocks in exclude= to accept this\.$"
+        r"Choose hosts with where=, or name the blocks in exclude= to accept this\.$"
     )
     with pytest.warns(UserWarning, match=message) as caught:
         attach(net)

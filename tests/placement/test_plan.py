@@ -1,4 +1,4 @@
-"""plan: the convolutions it selects, the table it prints, and that it changes nothing."""
+"""plan: the hosts it selects, the table it prints, and that it changes nothing."""
 
 import re
 import threading
@@ -53,6 +53,20 @@ def test_plan_exclude_narrows_the_analysis(net: nn.Module, exclude: object) -> N
     assert [i.path for i in plan(net, exclude=exclude)] == ["1.conv2"]
 
 
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("1", ["1"]),
+        ("*.act", ["1.act"]),
+        (["*.act", "*.conv2"], ["1.conv2", "1.act"]),
+        (lambda path, module: isinstance(module, nn.BatchNorm2d), ["0"]),
+    ],
+)
+def test_plan_where_names_any_module(where: object, expected: list[str]) -> None:
+    net = nn.Sequential(nn.BatchNorm2d(8), basic(act=nn.ReLU()))
+    assert [i.path for i in plan(net, where=where)] == expected
+
+
 def test_plan_exclude_narrows_where(net: nn.Module) -> None:
     found = plan(net, where="1.*", exclude="*2")
     assert [i.path for i in found] == ["1.conv1"]
@@ -67,12 +81,13 @@ def nothing(path: str, module: nn.Module) -> bool:
     [
         (
             {"where": "1.conv3"},
-            "where='1.conv3' matches none of the model's convolutions; close to it: 1.conv",
+            "where='1.conv3' matches none of the model's modules; close to it: 1.conv",
         ),
-        ({"where": "xyz"}, "where='xyz' matches none of the model's convolutions"),
-        ({"where": ["0", "9"]}, "where='9' matches none of the model's convolutions"),
-        ({"where": "1"}, "where='1' matches none of the model's convolutions"),
-        ({"where": []}, "where=[] selects none of the model's convolutions"),
+        ({"where": "xyz"}, "where='xyz' matches none of the model's modules"),
+        ({"where": ["0", "9"]}, "where='9' matches none of the model's modules"),
+        ({"where": "1", "place": "norm"}, "where= names the hosts, so place='norm' has no meaning"),
+        ({"place": "bn"}, "place must be one of 'conv', 'norm', 'branch', got 'bn'"),
+        ({"where": []}, "where=[] selects none of the model's modules"),
         ({"exclude": "0"}, "exclude='0' matches none of the planned insertions"),
         ({"exclude": "*"}, "exclude='*' leaves out every insertion; nothing to attach"),
     ],
@@ -87,7 +102,7 @@ def test_plan_refuses_a_selection_of_nothing(
 
 @pytest.mark.parametrize(
     ("argument", "candidates"),
-    [("where", "the model's convolutions"), ("exclude", "the planned insertions")],
+    [("where", "the model's modules"), ("exclude", "the planned insertions")],
 )
 def test_plan_refuses_a_predicate_that_selects_nothing(
     net: nn.Module, argument: str, candidates: str
@@ -128,7 +143,7 @@ def test_plan_refuses_a_model_without_residual_blocks() -> None:
     message = (
         "found no place for SimAM in this Sequential: no residual block whose branch holds a "
         "spatial (kernel > 1) convolution and a non-linearity. "
-        "Choose convolutions with where=, for example where='features.*'."
+        "Choose hosts with where=, for example where='features.*'."
     )
     for verb in (plan, attach):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

@@ -1,6 +1,6 @@
 """Where SimAM goes in an existing network, and how the answer is shown; nothing is changed here."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -8,16 +8,24 @@ from typing import TypeAlias
 from torch import nn
 from torch.jit import ScriptModule
 
+from ..hosts import is_host
 from ..messages import first_few, table
-from .dataflow import is_convolution
+from .convolutions import is_convolution, parts_of_adapters, plain_class
+from .existing import ExistingSimAM, existing_beside
+from .own_forward import behind_convolution
+from .place import PLACES
 from .rule import Insertion, Unanalysed, describe_host, find_insertions
 
 __all__ = [
+    "PLACES",
+    "ExistingSimAM",
     "Insertion",
     "Plan",
     "Selector",
     "Unanalysed",
     "check_module",
+    "find_insertions",
+    "list_existing",
     "list_unanalysed",
     "match_globs",
     "plan",
@@ -30,15 +38,21 @@ class Plan(list[Insertion]):
     """What `attach` would do: insertions in the model's order; `print` shows them as a table.
 
     Attributes:
-        unanalysed (tuple[Unanalysed, ...]): blocks that may be residual but could not be traced.
-            They get no SimAM.
+        unanalysed (tuple[Unanalysed, ...]): blocks that may be residual, but could not be traced or
+            have no host. They get no SimAM.
+        existing (tuple[ExistingSimAM, ...]): SimAM that `attach` did not insert. A block that has
+            one gets no second, unless `where=` selects the host.
     """
 
     def __init__(
-        self, insertions: Iterable[Insertion], unanalysed: Iterable[Unanalysed] = ()
+        self,
+        insertions: Iterable[Insertion],
+        unanalysed: Iterable[Unanalysed] = (),
+        existing: Iterable[ExistingSimAM] = (),
     ) -> None:
         super().__init__(insertions)
         self.unanalysed = tuple(unanalysed)
+        self.existing = tuple(existing)
 
     def __str__(self) -> str:
         rows = [("path", "host", "block", "reason")]
@@ -47,32 +61,46 @@ class Plan(list[Insertion]):
         if self.unanalysed:
             lines += ["", "Not analysed, so without SimAM:"]
             lines += [f"  {u.block or '(model)'}  {u.reason}" for u in self.unanalysed]
+        if self.existing:
+            selected = {i.path for i in self}.issuperset(e.block for e in self.existing)
+            lines += ["", f"With SimAM already{', so without a second' * (not selected)}:"]
+            lines += [f"  {e.block or '(model)'}  {e}" for e in self.existing]
         return "\n".join(lines)
 
 
 def plan(
-    model: nn.Module, *, where: Selector | None = None, exclude: Selector | None = None
+    model: nn.Module,
+    *,
+    place: str = "conv",
+    where: Selector | None = None,
+    exclude: Selector | None = None,
 ) -> Plan:
     """Show where `attach` would put SimAM, without touching or running the model.
 
-    SimAM goes where the authors put it, stated as a rule: after the last spatial (kernel > 1)
-    convolution of the residual branch of every residual block, before the norm that follows.
+    SimAM goes into the branch of every residual block. By default it goes where the authors put it,
+    stated as a rule: after the last spatial (kernel > 1) convolution of the branch, before the norm
+    that follows.
 
     Args:
         model (nn.Module): the network; it may be on the meta device.
-        where (str, iterable of str, or callable, optional): replaces the analysis. One glob or
-            several over the paths of the model's convolutions (`*` matches dots too), each of
-            which must match; or a predicate `(path, module) -> bool` over the convolutions.
-        exclude (str, iterable of str, or callable, optional): convolutions to leave out, in the
-            same form; also the path of a block that could not be analysed.
+        place (str): "conv", after that convolution (the authors'); "norm", after the norm that
+            follows it; or "branch", at the end of the branch, just before the add, but before
+            dropout and stochastic depth.
+        where (str, iterable of str, or callable, optional): names the hosts instead. One glob or
+            several over the paths of the model's modules (`*` matches dots too), each of which must
+            match; or a predicate `(path, module) -> bool`. What selects convolutions selects these
+            alone; only what selects no convolution selects other modules.
+        exclude (str, iterable of str, or callable, optional): hosts to leave out, in the same form;
+            also the path of a block that could not be analysed, or that has SimAM already.
 
     Returns:
         Plan: a list of `Insertion(path, block, host, reason)`, never empty.
 
     Raises:
         TypeError: model is not a module, or where or exclude is of another type.
-        ValueError: the model has no residual block with a spatial convolution, or a selection
-            matches nothing.
+        ValueError: the model has no residual block with a spatial convolution, none with a host
+            at this place, or SimAM in every such block already; the place is unknown, or given
+            beside where; or a selection matches nothing.
 
     Source:
         Yang et al., ICML 2021, section 4, and the published networks.
@@ -90,25 +118,25 @@ def plan(
     check_module(model)
     if isinstance(model, ScriptModule):
         raise ValueError("a TorchScript module cannot be changed; plan and attach before scripting")
+    if place not in PLACES:
+        raise ValueError(f"place must be one of {', '.join(map(repr, PLACES))}, got {place!r}")
     if where is not None:
-        convolutions = {n: m for n, m in model.named_modules() if is_convolution(m)}
-        chosen = _select(where, convolutions, "where", "the model's convolutions")
-        planned = Plan(
-            Insertion(path, path.rpartition(".")[0], describe_host(module), "selected by where=")
-            for path, module in convolutions.items()
-            if path in chosen
-        )
+        if place != "conv":
+            raise ValueError(f"where= names the hosts, so place={place!r} has no meaning beside it")
+        planned = _selected(model, where)
     else:
-        planned = Plan(*find_insertions(model))
+        planned = Plan(*find_insertions(model, place))
     if not planned:
-        raise ValueError(_nothing_found(model, planned.unanalysed))
+        raise ValueError(_nothing_found(model, place, planned))
     if exclude is not None:
         paths = [i.path for i in planned] + [u.block for u in planned.unanalysed]
+        paths += [e.block for e in planned.existing]
         left_out = _select(
             exclude, {p: model.get_submodule(p) for p in paths}, "exclude", "the planned insertions"
         )
         unanalysed = [u for u in planned.unanalysed if u.block not in left_out]
-        planned = Plan((i for i in planned if i.path not in left_out), unanalysed)
+        existing = [e for e in planned.existing if e.block not in left_out]
+        planned = Plan((i for i in planned if i.path not in left_out), unanalysed, existing)
         if not planned:
             raise ValueError(f"exclude={exclude!r} leaves out every insertion; nothing to attach")
     return planned
@@ -125,6 +153,11 @@ def list_unanalysed(unanalysed: Sequence[Unanalysed]) -> str:
     return first_few([f"{u.block or 'the model itself'} ({u.reason})" for u in unanalysed])
 
 
+def list_existing(existing: Sequence[ExistingSimAM]) -> str:
+    """Name the first blocks or hosts that have SimAM already, each with how it was recognised."""
+    return first_few([f"{e.block or 'the model itself'} ({e})" for e in existing])
+
+
 def match_globs(
     globs: Iterable[str], paths: Collection[str], unmatched: Callable[[str], Exception]
 ) -> set[str]:
@@ -138,24 +171,65 @@ def match_globs(
     return chosen
 
 
+def _selected(model: nn.Module, where: Selector) -> Plan:
+    """The insertions that where= names."""
+    inner = {module.simam for module in model.modules() if is_host(module)}
+    inner |= parts_of_adapters(model)
+    modules = {path: m for path, m in model.named_modules() if m not in inner}
+    convolutions = {path: m for path, m in modules.items() if is_convolution(m)}
+    chosen = _select(where, modules, "where", "the model's modules", convolutions)
+    insertions = []
+    for path, module in modules.items():
+        if path in chosen:
+            reason = "selected by where=" + _behind(module)
+            block = path.rpartition(".")[0]
+            insertions.append(Insertion(path, block, describe_host(module), reason))
+    existing = [each for insertion in insertions for each in existing_beside(model, insertion.path)]
+    return Plan(insertions, existing=existing)
+
+
+def _behind(host: nn.Module) -> str:
+    """What comes between the convolution of a host and SimAM, for the reason of an insertion."""
+    if not is_convolution(host):
+        return ""
+    behind, kind = behind_convolution(host), plain_class(host).__name__
+    if behind.error:
+        return f"; behind the whole {kind}"
+    return f"; behind {', '.join(behind.names)} of this {kind}" if behind.names else ""
+
+
 def _select(
-    selector: Selector, modules: dict[str, nn.Module], argument: str, of_what: str
+    selector: Selector,
+    modules: Mapping[str, nn.Module],
+    argument: str,
+    of_what: str,
+    preferred: Mapping[str, nn.Module] | None = None,
 ) -> set[str]:
-    """The selected paths. A selector, or one of its globs, that selects nothing is an error."""
+    """The selected paths. A selector, or one of its globs, that selects nothing is an error.
+
+    What selects some of the preferred modules selects no others.
+    """
+    preferred = preferred or {}
     form = f"{argument} must be a glob, several globs, or a predicate (path, module) -> bool"
     if isinstance(selector, nn.Module) or not (
         callable(selector) or isinstance(selector, Iterable)
     ):
         raise TypeError(f"{form}, got {selector!r}")
     if callable(selector):
-        chosen = {path for path, module in modules.items() if selector(path, module)}
+        chosen = {path for path, module in preferred.items() if selector(path, module)}
+        chosen = chosen or {path for path, module in modules.items() if selector(path, module)}
     else:
         globs = [selector] if isinstance(selector, str) else list(selector)
         if not all(isinstance(glob, str) for glob in globs):
             raise TypeError(f"{form}, got {selector!r}")
-        chosen = match_globs(
-            globs, modules, lambda glob: _unmatched(f"{argument}={glob!r}", glob, modules, of_what)
-        )
+
+        def unmatched(glob: str) -> ValueError:
+            return _unmatched(f"{argument}={glob!r}", glob, modules, of_what)
+
+        chosen = set()
+        for glob in globs:
+            matches = match_globs([glob], modules, unmatched)
+            chosen |= matches & preferred.keys() or matches
     if not chosen:
         raise ValueError(f"{argument}={selector!r} selects none of {of_what}")
     return chosen
@@ -167,10 +241,20 @@ def _unmatched(asked: str, glob: str, modules: Iterable[str], of_what: str) -> V
     return ValueError(f"{asked} matches none of {of_what}{hint}")
 
 
-def _nothing_found(model: nn.Module, unanalysed: Sequence[Unanalysed]) -> str:
-    message = (
-        f"found no place for SimAM in this {type(model).__name__}: no residual block whose branch "
-        "holds a spatial (kernel > 1) convolution and a non-linearity. "
-        "Choose convolutions with where=, for example where='features.*'."
-    )
+def _nothing_found(model: nn.Module, place: str, planned: Plan) -> str:
+    kind = type(model).__name__
+    if planned.existing:
+        message = (
+            f"this {kind} has SimAM already, and no place is left: "
+            f"{list_existing(planned.existing)}. To attach SimAM instead, replace these layers by "
+            "nn.Identity() first. To insert a second one all the same, choose hosts with where=."
+        )
+    else:
+        behind = "" if place == "conv" else f", with a host for place={place!r}"
+        message = (
+            f"found no place for SimAM in this {kind}: no residual block whose branch holds a "
+            f"spatial (kernel > 1) convolution and a non-linearity{behind}. "
+            "Choose hosts with where=, for example where='features.*'."
+        )
+    unanalysed = planned.unanalysed
     return f"{message} Could not analyse {list_unanalysed(unanalysed)}." if unanalysed else message
