@@ -1,0 +1,236 @@
+"""Reading a gate: the function by which it is a simple function of x within a group of neurons."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import probes
+from .layout import Axes, Layout, run
+from .subject import ProbeError, Subject
+
+# How an output y is made from x and a gate, solved for the gate.
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "product": lambda x, y: y / x,
+    "residual": lambda x, y: y / x - 1,
+    "reversed": lambda x, y: 1 - y / x,
+}
+SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gate": lambda x, y: y,
+    "sum": lambda x, y: y - x,
+}
+# What may stand in the place of the sigmoid: the inverse function, and the range of the gate.
+LINKS: Mapping[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
+    "sigmoid": (torch.logit, 0.0, 1.0),
+    "identity": (lambda gate: gate, -math.inf, math.inf),
+    "tanh": (torch.atanh, -1.0, 1.0),
+    "hardsigmoid": (lambda gate: 6 * gate - 3, 0.0, 1.0),
+    "softplus": (lambda gate: torch.log(torch.expm1(gate)), 0.0, math.inf),
+    "exp": (torch.log, 0.0, math.inf),
+}
+POWERS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "square": lambda d: d * d,
+    "signed": lambda d: d,
+    "absolute": lambda d: d.abs(),
+    "signed square": lambda d: d * d.abs(),
+}
+CENTRES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda rows: rows.mean(-1),
+    "zero": lambda rows: torch.zeros_like(rows[..., 0]),
+    "median": lambda rows: rows.median(-1).values,
+    "maximum": lambda rows: rows.amax(-1),
+    "minimum": lambda rows: rows.amin(-1),
+}
+_MIN_NEURONS = 5
+_SIZES = (10.0, 1.0, 0.1, 0.01, 0.001)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How to compute z from outputs, and the form that z has within a group of neurons.
+
+    Attributes:
+        output (str): a key of `PRODUCTS` or `SUMS`.
+        factor (Tensor): a factor of the gate, one number or one for each channel.
+        link (str): a key of `LINKS`.
+        inverted (bool): whether the link is applied to 1 / z.
+        layout (Layout): the neurons that affect each other.
+        precision (float): the relative error of the module's arithmetic.
+        axes (Axes): the axes of a group.
+        power (str): z = k t + c, where t is this power of the deviation, a key of `POWERS`;
+            "leave-one-out" if z = (k t + c) / (1 + q t); "constant" if z is the same in a group.
+        centre (str), centre_axes (Axes): what the deviation is measured from, a key of `CENTRES`.
+    """
+
+    output: str
+    factor: Tensor
+    link: str
+    inverted: bool
+    layout: Layout
+    precision: float
+    axes: Axes = ()
+    power: str = ""
+    centre: str = "mean"
+    centre_axes: Axes = ()
+
+    @property
+    def tolerance(self) -> float:
+        """The error of z where the gate is near the end of its range."""
+        return float(10 * self.precision**0.6)
+
+    def gate(self, x: Tensor, output: Tensor) -> Tensor:
+        """Compute the gate, without its factor."""
+        return (PRODUCTS | SUMS)[self.output](x, output) / self.factor
+
+    def decode(self, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute z, and whether it is known: not where the gate is at the end of its range."""
+        gate = self.gate(x, output)
+        inverse, low, high = LINKS[self.link]
+        margin = self.precision**0.4
+        known = (gate > low + margin) & (gate < high - margin)
+        possible = (gate >= low) & (gate <= high)
+        z = inverse(torch.where(known, gate, 0.5))
+        return 1 / z if self.inverted else z, known & possible.all()
+
+    def deviation(self, x: Tensor) -> Tensor:
+        """Compute t."""
+        d = x - self.layout.reduce(CENTRES[self.centre], x, self.centre_axes)
+        return POWERS.get(self.power, POWERS["square"])(d)
+
+
+def solve(columns: list[Tensor], z: Tensor, known: Tensor) -> tuple[Tensor, float]:
+    """Fit z as a sum of columns in every group, where z is known.
+
+    Returns:
+        tuple[Tensor[columns, ...], float]: the coefficients of each group, and the largest error.
+    """
+    weights = known.double()
+    matrix = torch.stack(columns, -1) * weights[..., None]
+    target = (z * weights)[..., None]
+    solution = torch.linalg.lstsq(matrix, target).solution
+    error = (matrix @ solution - target).abs().max() / (1 + target.abs().max())
+    return solution.squeeze(-1).movedim(-1, 0), float(error)
+
+
+def read(subject: Subject, layout: Layout, *, product: bool, precision: float) -> list[Reading]:
+    """Return every reading of a module under which z has a known form."""
+    y = probes.pattern(subject.shape)
+    factors = _factors(subject, precision)
+    drafts = [
+        Reading(output, scale, link, inverted, layout, precision)
+        for output, link, inverted in itertools.product(
+            PRODUCTS if product else SUMS, LINKS, (False, True)
+        )
+        for scale in factors[output][: None if LINKS[link][2] == 1 else 1]
+    ]
+    for size in _SIZES:
+        try:
+            output = run(subject, size * y)
+        except ProbeError:
+            continue
+        found = [
+            reading for draft in drafts for reading in _fit(draft, size * y, output)
+        ]
+        if found:
+            return found
+    return []
+
+
+def _fit(draft: Reading, x: Tensor, output: Tensor) -> Iterator[Reading]:
+    """Find the largest groups in which z has a known form."""
+    z, known = draft.decode(x, output)
+    if not known.any():
+        return
+    for axes in subsets(draft.layout.axes):
+        grouped = draft.layout.group(known, axes)
+        if (grouped.sum(-1) >= _MIN_NEURONS).all():
+            reading = _form(replace(draft, axes=axes), x, draft.layout.group(z, axes), grouped)
+            if reading is not None:
+                yield reading
+                return
+
+
+def _form(draft: Reading, x: Tensor, z: Tensor, known: Tensor) -> Reading | None:
+    """Complete a reading by the form of z, or return None if z has no known form."""
+    layout, axes, tolerance = draft.layout, draft.axes, draft.tolerance
+    first = z.gather(-1, known.double().argmax(-1, keepdim=True))
+    if ((z - first) * known).abs().max() <= tolerance:
+        return replace(draft, power="constant")
+    rows = layout.group(x, axes)
+    mean, spread = rows.mean(-1, keepdim=True), rows.std(-1, keepdim=True)
+    xi, one = (rows - mean) / spread, torch.ones_like(rows)
+    (square, slope, offset), error = solve([xi * xi, xi, one], z, known)
+    if error <= tolerance:
+        if (square.abs() <= 1e3 * tolerance * slope.abs()).all():
+            # The offset holds the centre: c - k m / spread, where only c is the same everywhere.
+            power, is_centre = "signed", lambda m: _is_constant(offset + slope * m, tolerance)
+        else:
+            middle = -slope / (2 * square)
+            power, is_centre = "square", lambda m: _is_constant(m - middle + 1, tolerance)
+        for name, centre_axes in _centres(layout):
+            centre = (layout.group(_centre(layout, x, name, centre_axes), axes) - mean) / spread
+            if (centre == centre[..., :1]).all() and is_centre(centre[..., 0]):
+                return replace(draft, power=power, centre=name, centre_axes=centre_axes)
+        return None
+    for power in ("absolute", "signed square"):
+        for name, centre_axes in _centres(layout):
+            reading = replace(draft, power=power, centre=name, centre_axes=centre_axes)
+            t = layout.group(reading.deviation(x), axes)
+            if solve([t / t.abs().amax(-1, keepdim=True), one], z, known)[1] <= tolerance:
+                return reading
+    if solve([xi * xi, one, -z * xi * xi], z, known)[1] <= tolerance:
+        return replace(draft, power="leave-one-out", centre_axes=axes)
+    return None
+
+
+def _centres(layout: Layout) -> Iterable[tuple[str, Axes]]:
+    return itertools.product(CENTRES, subsets(layout.axes))
+
+
+def _centre(layout: Layout, x: Tensor, name: str, axes: Axes) -> Tensor:
+    return layout.reduce(CENTRES[name], x, axes)
+
+
+def _is_constant(values: Tensor, tolerance: float) -> bool:
+    return bool((values - values.mean()).abs().max() <= 1e3 * tolerance * values.mean().abs())
+
+
+def subsets(axes: Axes) -> list[Axes]:
+    """The subsets of some axes, from the largest."""
+    return [each for n in range(len(axes), 0, -1) for each in itertools.combinations(axes, n)]
+
+
+def _factors(subject: Subject, precision: float) -> dict[str, list[Tensor]]:
+    """The factors of the gate to try for each output: 1, and the gate of a neuron far outside.
+
+    The gate of such a neuron is at the end of its range, if it does not depend on the size of the
+    map.
+    """
+    batch, channels, *spatial = subject.shape
+    runs = []
+    for length in (16, 20):
+        x = torch.ones(batch, channels, *[length] * len(spatial), dtype=torch.float64)
+        x.flatten(2)[..., 0] = 1e3
+        try:
+            runs.append((x, run(subject, x)))
+        except ProbeError:
+            runs = []
+            break
+    one = torch.ones(())
+    factors = {}
+    for name, gate in (PRODUCTS | SUMS).items():
+        factors[name] = [one]
+        limits = [gate(x, y).flatten(2)[:1, :, :1] for x, y in runs]
+        if limits and _is_factor(limits[0], limits[1], 20 * precision):
+            limit = limits[0].reshape(1, channels, *[1] * len(spatial))
+            same = (limit - limit.mean()).abs().max() <= 20 * precision
+            factors[name].append(limit.mean() if same else limit)
+    return factors
+
+
+def _is_factor(limit: Tensor, other: Tensor, tolerance: float) -> bool:
+    settled = bool(((limit - other).abs() <= tolerance * limit.abs()).all())
+    return settled and bool((limit.abs() > 1e-3).all()) and bool(((limit - 1).abs() > 1e-6).any())
