@@ -485,7 +485,7 @@ COPIES = {
     "over width": Copy.of(over_width, "W * W - 1"),
     "undivided": Copy.of(undivided, "does not divide the sum of squares"),
     "lambda once": Copy.of(lambda_once, "lambda once instead of twice"),
-    "lambda divided": Copy.of(lambda_divided, "lambda is divided"),
+    "lambda divided": Copy.of(lambda_divided, "so that lambda is divided"),
     "no lambda": Copy.of(no_lambda, "no lambda", e_lambda=None),
     "floor": Copy.of(floor, "a floor of 0.1 ", "in place of lambda", e_lambda=None),
     "floor and lambda": Copy.of(floor_and_lambda, "a floor of 0.001"),

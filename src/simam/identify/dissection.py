@@ -14,7 +14,7 @@ several.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -73,16 +73,20 @@ class Facts:
     pooled: str = ""
 
 
-def dissect(subject: Subject, precision: float) -> Iterator[Facts]:
-    """Yield every description of a module that explains its outputs."""
+def dissect(subject: Subject, precision: float) -> list[Facts]:
+    """Return every description of a module that explains its outputs."""
     product = is_product(subject)
     layout = affected(subject, next(iter((PRODUCTS if product else SUMS).values())), precision)
     if not layout.regular or not layout.axes:
-        return
-    for reading in read(subject, layout, product=product, precision=precision):
-        facts = (_pooled if reading.power == "constant" else _measure)(subject, reading)
-        if facts is not None:
-            yield facts
+        return []
+    for readings in read(subject, layout, product=product, precision=precision):
+        found = [
+            (_pooled if reading.power == "constant" else _measure)(subject, reading)
+            for reading in readings
+        ]
+        if any(found):
+            return [facts for facts in found if facts]
+    return []
 
 
 class _Curve(NamedTuple):
@@ -124,11 +128,11 @@ def _curve(
             sums = group(reading.gate(x, output)).sum(-1)
             error = 1e4 * reading.precision / k.abs().min()
             numbers = (largest / k, c, q / largest, sums)
-            found.append((error, *(each.flatten() for each in numbers), torch.tensor(scale)))
+            found.append((error, *(each.flatten() for each in numbers), torch.tensor(scale, dtype=z.dtype)))
     if not found:
         return None
     errors, inverse, offsets, curvature, sums, sizes = map(torch.stack, zip(*found, strict=True))
-    return _Curve(sizes.double(), inverse, errors, offsets, curvature, sums)
+    return _Curve(sizes, inverse, errors, offsets, curvature, sums)
 
 
 class _Law(NamedTuple):
@@ -257,37 +261,49 @@ def _find_spread(
             samples.append(_Sample(y, slope, constant))
 
     best = None
-    for others, axes, spread in itertools.product(
-        (False, True), subsets(reading.layout.axes), _SPREADS
-    ):
-        if others and (reading.centre != "mean" or axes != reading.centre_axes):
+    slopes = torch.cat([each.slope for each in samples]) ** (1 / law.q)
+    for axes in subsets(reading.layout.axes):
+        if not set(axes) >= set(reading.axes):  # v is the same in a group
             continue
-        for divisor in _divisors(reading.layout, axes, samples[0].y):
-            factors = _factors(reading, law, samples, axes, spread, divisor, others)
-            if factors is None:
-                break
-            factor = float(factors.median())
-            if (factors / factor - 1).abs().max() > 1e5 * reading.tolerance:
-                continue
-            rank = (round(factor, 3) != 4, (reading.power == "leave-one-out") != others)
-            if best is None or rank < best[0]:
-                best = rank, axes, spread, divisor, others, factor
+        counts = [_divisors(reading.layout, axes, each.y.shape) for each in samples]
+        numbers = torch.cat(
+            [
+                torch.tensor(list(count.values())).double()[:, None].expand(-1, len(each.slope))
+                for count, each in zip(counts, samples, strict=True)
+            ],
+            dim=1,
+        )
+        ratios = torch.cat([_ratio(reading, each, axes) for each in samples])
+        for spread in _SPREADS:
+            sums = torch.cat([_sums(reading, each.y, axes, spread) for each in samples])
+            for others in (False, True):
+                if others and (reading.centre, reading.centre_axes) != ("mean", axes):
+                    continue
+                factors = slopes * ratios ** (2 * others) * (numbers / sums) ** (law.p / 2)
+                middle = factors.median(1, keepdim=True).values
+                errors = (factors / middle - 1).abs().amax(1)
+                for divisor, error, factor in zip(counts[0], errors, middle[:, 0], strict=True):
+                    if error <= 1e5 * reading.tolerance:
+                        is_usual = abs(float(factor) - 4) < 1e-3
+                        rank = (not is_usual, (reading.power == "leave-one-out") != others)
+                        if best is None or rank < best[0]:
+                            best = rank, axes, spread, divisor, others, float(factor)
     if best is None:
         return None
     _, axes, spread, divisor, others, factor = best
     constants = [
-        each.constant * _r(reading, each.y, axes) ** (2 * law.q * others) for each in samples
+        each.constant * _ratio(reading, each, axes) ** (2 * law.q * others) for each in samples
     ]
     lambdas = [float(each.median()) / factor**law.q for each in constants]
-    counts = [_divisors(reading.layout, axes, each.y)[divisor] for each in samples]
+    divided_by = [_divisors(reading.layout, axes, each.y.shape)[divisor] for each in samples]
     if law.floor is not None:
-        lambdas, counts = lambdas[:1], counts[:1]
+        lambdas, divided_by = lambdas[:1], divided_by[:1]
 
     def agree(values: list[float]) -> bool:
         return max(values) - min(values) <= 1e-3 * abs(values[0])
 
-    divided = not agree(lambdas) and agree([a * b for a, b in zip(lambdas, counts, strict=True)])
-    e_lambda = lambdas[0] * (counts[0] if divided else 1)
+    divided = not agree(lambdas) and agree([a * b for a, b in zip(lambdas, divided_by, strict=True)])
+    e_lambda = lambdas[0] * (divided_by[0] if divided else 1)
     return replace(
         facts(
             law=LAWS[law.p, law.q], spread=spread, spread_axes=axes, divisor=divisor, others=others,
@@ -307,47 +323,31 @@ _SPREADS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _factors(
-    reading: Reading,
-    law: _Law,
-    samples: list[_Sample],
-    axes: Axes,
-    spread: str,
-    divisor: str,
-    others: bool,
-) -> Tensor | None:
-    """The factor f in each group of each sample; None if v varies within a group."""
-    found = []
-    for y, slope, _ in samples:
-        spreads = reading.layout.group(
-            reading.layout.reduce(_SPREADS[spread], y, axes), reading.axes
-        )
-        if not torch.equal(spreads, spreads[..., :1].expand_as(spreads)):
-            return None
-        v = spreads[..., 0].flatten() / _divisors(reading.layout, axes, y)[divisor]
-        f = slope ** (1 / law.q) * _r(reading, y, axes) ** (2 * others)
-        found.append(f / v ** (law.p / 2))
-    return torch.cat(found)
+def _sums(reading: Reading, y: Tensor, axes: Axes, spread: str) -> Tensor:
+    """The sum of squares in v [groups]."""
+    values = reading.layout.reduce(_SPREADS[spread], y, axes)
+    return reading.layout.group(values, reading.axes)[..., 0].flatten()
 
 
-def _r(reading: Reading, y: Tensor, axes: Axes) -> float:
-    m = reading.layout.group(y, axes).shape[-1]
-    return m / (m - 1)
+def _ratio(reading: Reading, sample: _Sample, axes: Axes) -> Tensor:
+    """M / (M - 1), by which a deviation from the mean of the others is larger [groups]."""
+    m = reading.layout.count(sample.y.shape, axes)
+    return torch.full_like(sample.slope, m / (m - 1))
 
 
-def _divisors(layout: Layout, axes: Axes, x: Tensor) -> dict[str, float]:
-    """What a sum over the groups of x may be divided by, by name."""
-    m = layout.group(x, axes).shape[-1]
-    divisors: dict[str, float] = {"M - 1": m - 1, "M": m, "M - 2": m - 2, "M + 1": m + 1}
-    names = dict(zip(range(x.dim()), _axis_names(x.dim()), strict=True))
-    products = [(axis,) for axis in names] + [(axis, axis) for axis in names]
-    products += [tuple(range(2, x.dim())), tuple(range(1, x.dim()))]
+def _divisors(layout: Layout, axes: Axes, shape: Sequence[int]) -> dict[str, float]:
+    """What a sum over a group may be divided by, by name."""
+    m = layout.count(shape, axes)
+    divisors: dict[str, float] = {"M - 1": m - 1, "M": m, "M - 2": m - 2, "M + 1": m + 1, "1": 1}
+    names = _axis_names(len(shape))
+    single = [axis for axis in range(len(shape)) if axis > 0 or 0 in axes]
+    products = [(axis,) for axis in single] + [(axis, axis) for axis in single]
+    products += [tuple(range(2, len(shape))), tuple(range(1, len(shape)))]
     for product in products:
-        size = math.prod(x.shape[axis] for axis in product)
+        size = math.prod(shape[axis] for axis in product)
         name = " * ".join(names[axis] for axis in product)
         divisors |= {name: size, f"{name} - 1": size - 1}
-    divisors = {name: value for name, value in divisors.items() if value > 0}
-    return divisors | {"1": 1.0}
+    return divisors
 
 
 def _axis_names(rank: int) -> tuple[str, ...]:

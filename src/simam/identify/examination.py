@@ -104,23 +104,23 @@ def _match(
 ) -> _Match | None:
     """Find the closed form that the module equals on all probes."""
     runs = list(_runs(subject))
+    y = probes.pattern(subject.shape)
     for form in FORMS:
         fit = fit_lambda(runs, form)
         if fit is None:
             continue
         for e_lambda in dict.fromkeys((shortest(fit, numbers.values(), precision), fit.e_lambda)):
-            base = compare(
-                subject, probes.varied(subject.shape, e_lambda), e_lambda, form, precision
-            )
+            if not compare(subject, [y], e_lambda, form, precision).exact:
+                continue
             others = (
                 scale * probes.pattern(shape)
                 for shape in shapes
                 for scale in (math.sqrt(e_lambda), 1.0)
             )
-            if base.exact:
-                rest = compare(subject, others, e_lambda, form, precision)
-                if rest.exact:
-                    return _Match(form, e_lambda, max(base.max_error, rest.max_error))
+            all_probes = itertools.chain(probes.varied(subject.shape, e_lambda), others)
+            agreement = compare(subject, all_probes, e_lambda, form, precision)
+            if agreement.exact:
+                return _Match(form, e_lambda, agreement.max_error)
     return None
 
 

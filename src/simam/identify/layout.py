@@ -1,6 +1,7 @@
 """Which neurons affect which gates, and the groups of neurons that follow from it."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -31,6 +32,10 @@ class Layout:
     def axes(self) -> Axes:
         """The axes along which neurons affect each other."""
         return tuple(axis for axis, block in enumerate(self.blocks) if block > 1)
+
+    def count(self, shape: Sequence[int], axes: Axes) -> int:
+        """The number of neurons in a group."""
+        return math.prod(shape[a] if self.full[a] else self.blocks[a] for a in axes)
 
     def group(self, x: Tensor, axes: Axes) -> Tensor:
         """Bring the blocks along some axes into the last dimension (Tensor[..., group])."""

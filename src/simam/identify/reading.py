@@ -45,7 +45,7 @@ CENTRES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "minimum": lambda rows: rows.amin(-1),
 }
 _MIN_NEURONS = 5
-_SIZES = (10.0, 1.0, 0.1, 0.01, 0.001)
+_SIZES = (10.0, 0.3, 0.01)
 
 
 @dataclass(frozen=True)
@@ -105,97 +105,106 @@ def solve(columns: list[Tensor], z: Tensor, known: Tensor) -> tuple[Tensor, floa
     """Fit z as a sum of columns in every group, where z is known.
 
     Returns:
-        tuple[Tensor[columns, ...], float]: the coefficients of each group, and the largest error.
+        tuple[Tensor[columns, ...], float]: the coefficients of each group, and the largest error,
+        NaN if a fit is not possible.
     """
     weights = known.double()
     matrix = torch.stack(columns, -1) * weights[..., None]
     target = (z * weights)[..., None]
-    solution = torch.linalg.lstsq(matrix, target).solution
+    q, r = torch.linalg.qr(matrix)
+    solution = torch.linalg.solve_triangular(r, q.mT @ target, upper=True)
     error = (matrix @ solution - target).abs().max() / (1 + target.abs().max())
     return solution.squeeze(-1).movedim(-1, 0), float(error)
 
 
-def read(subject: Subject, layout: Layout, *, product: bool, precision: float) -> list[Reading]:
-    """Return every reading of a module under which z has a known form."""
+def read(
+    subject: Subject, layout: Layout, *, product: bool, precision: float
+) -> Iterator[list[Reading]]:
+    """Yield the readings of a module under which z has a known form: the usual forms, then others.
+
+    Args:
+        subject (Subject): the module.
+        layout (Layout): the neurons that affect each other.
+        product (bool): whether the output is 0 where x is 0.
+        precision (float): the relative error of the module's arithmetic.
+    """
     y = probes.pattern(subject.shape)
     factors = _factors(subject, precision)
     drafts = [
-        Reading(output, scale, link, inverted, layout, precision)
+        Reading(output, factor, link, inverted, layout, precision)
         for output, link, inverted in itertools.product(
             PRODUCTS if product else SUMS, LINKS, (False, True)
         )
-        for scale in factors[output][: None if LINKS[link][2] == 1 else 1]
+        for factor in factors[output][: None if LINKS[link][2] == 1 else 1]
     ]
-    for size in _SIZES:
+    for forms, size in itertools.product((_usual_form, _rare_form), _SIZES):
         try:
             output = run(subject, size * y)
         except ProbeError:
             continue
-        found = [
-            reading for draft in drafts for reading in _fit(draft, size * y, output)
-        ]
+        found = [r for draft in drafts for r in _fit(draft, size * y, output, forms)]
         if found:
-            return found
-    return []
+            yield found
 
 
-def _fit(draft: Reading, x: Tensor, output: Tensor) -> Iterator[Reading]:
+def _fit(
+    draft: Reading, x: Tensor, output: Tensor, form: Callable[..., Reading | None]
+) -> Iterator[Reading]:
     """Find the largest groups in which z has a known form."""
     z, known = draft.decode(x, output)
     if not known.any():
         return
     for axes in subsets(draft.layout.axes):
-        grouped = draft.layout.group(known, axes)
-        if (grouped.sum(-1) >= _MIN_NEURONS).all():
-            reading = _form(replace(draft, axes=axes), x, draft.layout.group(z, axes), grouped)
+        x_rows, z_rows, known_rows = (draft.layout.group(t, axes) for t in (x, z, known))
+        if (known_rows.sum(-1) >= _MIN_NEURONS).all():
+            reading = form(replace(draft, axes=axes), x, x_rows, z_rows, known_rows)
             if reading is not None:
                 yield reading
                 return
 
 
-def _form(draft: Reading, x: Tensor, z: Tensor, known: Tensor) -> Reading | None:
-    """Complete a reading by the form of z, or return None if z has no known form."""
-    layout, axes, tolerance = draft.layout, draft.axes, draft.tolerance
+def _usual_form(
+    draft: Reading, x: Tensor, rows: Tensor, z: Tensor, known: Tensor
+) -> Reading | None:
+    """Complete a reading if z is a polynomial of x, of degree 0 to 2."""
+    layout, tolerance = draft.layout, draft.tolerance
     first = z.gather(-1, known.double().argmax(-1, keepdim=True))
     if ((z - first) * known).abs().max() <= tolerance:
         return replace(draft, power="constant")
-    rows = layout.group(x, axes)
     mean, spread = rows.mean(-1, keepdim=True), rows.std(-1, keepdim=True)
-    xi, one = (rows - mean) / spread, torch.ones_like(rows)
-    (square, slope, offset), error = solve([xi * xi, xi, one], z, known)
-    if error <= tolerance:
-        if (square.abs() <= 1e3 * tolerance * slope.abs()).all():
-            # The offset holds the centre: c - k m / spread, where only c is the same everywhere.
-            power, is_centre = "signed", lambda m: _is_constant(offset + slope * m, tolerance)
-        else:
-            middle = -slope / (2 * square)
-            power, is_centre = "square", lambda m: _is_constant(m - middle + 1, tolerance)
-        for name, centre_axes in _centres(layout):
-            centre = (layout.group(_centre(layout, x, name, centre_axes), axes) - mean) / spread
-            if (centre == centre[..., :1]).all() and is_centre(centre[..., 0]):
-                return replace(draft, power=power, centre=name, centre_axes=centre_axes)
+    xi = (rows - mean) / spread
+    (square, slope, offset), error = solve([xi * xi, xi, torch.ones_like(xi)], z, known)
+    if not error <= tolerance:
         return None
-    for power in ("absolute", "signed square"):
-        for name, centre_axes in _centres(layout):
-            reading = replace(draft, power=power, centre=name, centre_axes=centre_axes)
-            t = layout.group(reading.deviation(x), axes)
-            if solve([t / t.abs().amax(-1, keepdim=True), one], z, known)[1] <= tolerance:
-                return reading
-    if solve([xi * xi, one, -z * xi * xi], z, known)[1] <= tolerance:
-        return replace(draft, power="leave-one-out", centre_axes=axes)
+    signed = bool((square.abs() <= 1e3 * tolerance * slope.abs()).all())
+    for name, axes in itertools.product(CENTRES, subsets(layout.axes)):
+        centre = (layout.group(layout.reduce(CENTRES[name], x, axes), draft.axes) - mean) / spread
+        m = centre[..., 0]
+        # The extreme of a parabola is its centre. The centre of a line hides in its offset, which
+        # is the same in all groups for the right one.
+        differs = slope * m + offset if signed else m + slope / (2 * square)
+        differs = differs - differs.mean() if signed else differs
+        if (centre == centre[..., :1]).all() and differs.abs().max() <= 1e3 * tolerance:
+            power = "signed" if signed else "square"
+            return replace(draft, power=power, centre=name, centre_axes=axes)
     return None
 
 
-def _centres(layout: Layout) -> Iterable[tuple[str, Axes]]:
-    return itertools.product(CENTRES, subsets(layout.axes))
-
-
-def _centre(layout: Layout, x: Tensor, name: str, axes: Axes) -> Tensor:
-    return layout.reduce(CENTRES[name], x, axes)
-
-
-def _is_constant(values: Tensor, tolerance: float) -> bool:
-    return bool((values - values.mean()).abs().max() <= 1e3 * tolerance * values.mean().abs())
+def _rare_form(
+    draft: Reading, x: Tensor, rows: Tensor, z: Tensor, known: Tensor
+) -> Reading | None:
+    """Complete a reading if z is linear in another power, or a quotient as with leave-one-out."""
+    one = torch.ones_like(rows)
+    mean, spread = rows.mean(-1, keepdim=True), rows.std(-1, keepdim=True)
+    t = ((rows - mean) / spread) ** 2
+    if solve([t, one, -z * t], z, known)[1] <= draft.tolerance:
+        return replace(draft, power="leave-one-out", centre_axes=draft.axes)
+    for power, name in itertools.product(("absolute", "signed square"), ("mean", "median", "zero")):
+        reading = replace(draft, power=power, centre=name, centre_axes=draft.axes)
+        t = draft.layout.group(reading.deviation(x), draft.axes)
+        if solve([t / t.abs().amax(-1, keepdim=True), one], z, known)[1] <= draft.tolerance:
+            return reading
+    return None
 
 
 def subsets(axes: Axes) -> list[Axes]:

@@ -97,12 +97,13 @@ class Subject:
         return output
 
     def takes(self, shape: Sequence[int]) -> bool:
-        """Return whether the module takes an input of this shape."""
+        """Return whether the module takes an input of this shape, and does not broadcast it."""
+        x = torch.linspace(-1, 1, math.prod(shape), dtype=self.dtype).reshape(*shape)
         try:
-            self(torch.linspace(-1, 1, math.prod(shape), dtype=self.dtype).reshape(*shape))
+            output = self(x)
         except ProbeError:
             return False
-        return True
+        return output.dim() != x.dim() or all(o <= s for o, s in zip(output.shape, shape))
 
     def _find_shape(self, name: str) -> tuple[int, ...]:
         numbers = _numbers_of(self.copy)

@@ -166,7 +166,7 @@ def _lambda_and_offset(facts: Facts, known: Iterable[float]) -> tuple[list[str],
     phrases: list[str] = []
     factor, offset = facts.factor, facts.offset
     e_lambda = facts.e_lambda
-    scaled = abs(factor * offset - 2) < 1e-3 and abs(factor - 4) > 1e-3 and facts.law != "none"
+    scaled = factor > 0 and abs(factor * offset - 2) < 1e-3 and abs(factor - 4) > 1e-3 and facts.law != "none"
     if scaled and not facts.softmax:
         phrases.append(f"multiplies 1/e by {4 / factor:.4g} before the sigmoid")
     elif facts.law == "none":
@@ -184,7 +184,7 @@ def _lambda_and_offset(facts: Facts, known: Iterable[float]) -> tuple[list[str],
     elif e_lambda == 0:
         phrases.append("has no lambda")
     elif facts.divided:
-        phrases.append("has a lambda that is divided as the sum of squares is")
+        phrases.append("adds lambda to the sum of squares, so that lambda is divided too")
     e_lambda = e_lambda or None
     if facts.softmax or scaled:
         return phrases, e_lambda
