@@ -119,6 +119,8 @@ def single_neuron(subject: Subject) -> tuple[str, bool]:
     expected = x * torch.sigmoid(torch.tensor(0.5, dtype=torch.float64))
     if output.shape == x.shape and bool((output - expected).abs().max() < 1e-5):
         return "", True
+    if torch.equal(output, x):
+        return "returns a map of one element unchanged", False
     return "has another gate than sigmoid(1/2) on a map of one element", False
 
 
@@ -157,11 +159,13 @@ def precision_of(subject: Subject) -> tuple[float, str]:
     wide = output.double()
     gate = wide / x.double() if wide.shape == x.shape else wide
     if gate.unique().numel() > 10:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
             allowed = 4 * torch.finfo(found).eps * gate.abs()
             in_gate = bool(((gate.to(dtype).double() - gate).abs() <= allowed).all())
             if in_gate or torch.equal(wide.to(dtype).double(), wide):
                 found = dtype
+            if torch.finfo(found).bits == 16:
+                break
     return torch.finfo(found).eps, _name(found)
 
 

@@ -197,17 +197,18 @@ def _find_law(curve: _Curve, usable: Tensor) -> _Law | None:
                 return _Law(p, q, slope, constant)
     # A floor: constant below a scale that differs from group to group, affine above it.
     level = fits(inverse, inverse[:1])
-    size = scales[:, None] ** 2
     first = level.sum(0)
     if (first < 2).any() or (first > len(scales) - 3).any():
         return None
-    above, at = inverse.gather(0, first[None])[0], (scales**2)[first]
-    slope = (inverse[-1] - above) / (size[-1] - at)
-    constant = above - slope * at
-    if not (level | fits(inverse, slope * size + constant)).all():
-        return None
-    constant = torch.where(constant.abs() <= 1e-6 * above.abs(), zero, constant)
-    return _Law(2, 1.0, slope, constant, inverse[0])
+    above, at = inverse.gather(0, first[None])[0], scales[first]
+    for p in (2, 1):
+        size = scales[:, None] ** p
+        slope = (inverse[-1] - above) / (size[-1] - at**p)
+        constant = above - slope * at**p
+        if (level | fits(inverse, slope * size + constant)).all():
+            constant = torch.where(constant.abs() <= 1e-6 * above.abs(), zero, constant)
+            return _Law(p, 1.0, slope, constant, inverse[0])
+    return None
 
 
 def _excludes_the_neuron(
@@ -291,11 +292,16 @@ def _find_spread(
     if best is None:
         return None
     _, axes, spread, divisor, others, factor = best
+    number = 4 / factor
+    if divisor == "1" and abs(number - round(number)) < 1e-3 < number - 1:
+        divisor, factor = str(round(number)), 4.0
     constants = [
         each.constant * _ratio(reading, each, axes) ** (2 * law.q * others) for each in samples
     ]
     lambdas = [float(each.median()) / factor**law.q for each in constants]
-    divided_by = [_divisors(reading.layout, axes, each.y.shape)[divisor] for each in samples]
+    divided_by = [
+        _divisors(reading.layout, axes, each.y.shape).get(divisor, number) for each in samples
+    ]
     if law.floor is not None:
         lambdas, divided_by = lambdas[:1], divided_by[:1]
 
@@ -319,8 +325,13 @@ _SPREADS: Mapping[str, Callable[[Tensor], Tensor]] = {
         for name, centre in CENTRES.items()
     },
     "largest": lambda rows: (rows - rows.mean(-1, keepdim=True)).square().amax(-1),
-    "absolute": lambda rows: (rows - rows.mean(-1, keepdim=True)).abs().sum(-1).square(),
+    "absolute": lambda rows: _square_of_sum((rows - rows.mean(-1, keepdim=True)).abs()),
 }
+
+
+def _square_of_sum(rows: Tensor) -> Tensor:
+    # Divided by M, as a sum of squares is, this is the square of the mean.
+    return rows.sum(-1) * rows.mean(-1)
 
 
 def _sums(reading: Reading, y: Tensor, axes: Axes, spread: str) -> Tensor:
@@ -382,23 +393,26 @@ def _pooled(subject: Subject, reading: Reading) -> Facts | None:
     m = rows.shape[-1]
     sum_sq = (rows - rows.mean(-1, keepdim=True)).square().sum(-1).flatten()
     low, high = z[0], z[-1]
+    if (high - low).abs().min() < 1e-3:
+        return None
+    middle = int(((z - low) / (high - low) - 0.5).abs().amax(1).argmin())
+    share = (z[middle] - low) / (high - low)  # v / (v + lambda)
+    found = []
     for (pooled, count), (divisor, number) in itertools.product(
-        {"sum": 1, "average": m}.items(), {"M - 1": m - 1, "M": m}.items()
+        {"sum": 1, "average": m}.items(), {"M - 1": m - 1, "M": m, "1": 1}.items()
     ):
         factor = number / count / float((high - low).median())
-        if abs(factor - 4) > 0.01:
-            continue
-        middle = int(((z - low) / (high - low) - 0.5).abs().amax(1).argmin())
-        v = scales[middle] ** 2 * sum_sq / number
-        lambdas = v * ((high - z[middle]) / (z[middle] - low))
-        e_lambda = float(lambdas.median())
-        share = torch.tensor(scales, dtype=z.dtype)[:, None] ** 2 * sum_sq / number
-        expected = low + (high - low) * share / (share + e_lambda)
+        e_lambda = float((scales[middle] ** 2 * sum_sq / number * (1 / share - 1)).median())
+        v = torch.tensor(scales, dtype=z.dtype)[:, None] ** 2 * sum_sq / number
+        expected = low + (high - low) * v / (v + e_lambda)
         if (z - expected).abs().max() <= 300 * reading.tolerance:
-            return Facts(
-                reading, softmax=False, law="variance", spread="mean", spread_axes=axes,
-                divisor=divisor, others=False, factor=4.0, e_lambda=e_lambda, divided=False,
-                floor=None, offset=float(low.median()), small_offset=float(low.median()),
-                pooled=pooled,
-            )  # fmt: skip
-    return None
+            found.append((factor, pooled, divisor, e_lambda))
+    if not found:
+        return None
+    # One map cannot tell a factor from a divisor, so the plainest pair is taken.
+    factor, pooled, divisor, e_lambda = min(found, key=lambda f: (abs(f[0] - 4) > 0.01, abs(f[0] - 1) > 0.01))
+    return Facts(
+        reading, softmax=False, law="variance", spread="mean", spread_axes=axes, divisor=divisor,
+        others=False, factor=factor, e_lambda=e_lambda, divided=False, floor=None,
+        offset=float(low.median()), small_offset=float(low.median()), pooled=pooled,
+    )  # fmt: skip

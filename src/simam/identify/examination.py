@@ -12,6 +12,7 @@ from ..messages import format_shape
 from . import behaviour, probes
 from .closed_forms import FORMS, Fit, compare, fit_lambda, shortest
 from .dissection import dissect
+from .layout import run
 from .subject import ProbeError, Subject
 from .words import deviations, join
 
@@ -83,7 +84,7 @@ def examine(module: nn.Module) -> Verdict:
         *behaviour.lambda_notes(subject, numbers, e_lambda),
         "computes in float32" if dtype == "float32" and subject.dtype == torch.float64 else "",
         f"has {behaviour.name_parameters(unused)} without use" if unused else "",
-        *(f"computes something else on input of {rank} dimensions" for rank in ranks),
+        *(f"computes something else on {rank}-D input" for rank in ranks),
         behaviour.fixed_size(subject),
         single if single_is_right else "",
         behaviour.half_precision(subject),
@@ -139,7 +140,7 @@ def _describe(
 ) -> tuple[list[str], float | None]:
     """Name the deviations of a module, by the description that needs the fewest."""
     if precision > _FLOAT32:
-        return [], None
+        return [], _rough_lambda(subject, numbers, precision)
     known = list(numbers.values())
     found = [deviations(facts, known) for facts in dissect(subject, precision)]
     if not found:
@@ -148,6 +149,22 @@ def _describe(
     if e_lambda is not None:
         e_lambda = shortest(Fit(e_lambda, 1e-6), known, precision)
     return phrases, e_lambda
+
+
+def _rough_lambda(
+    subject: Subject, numbers: Mapping[str, float], precision: float
+) -> float | None:
+    """Fit lambda to a module that computes in half precision."""
+    y = probes.pattern(subject.shape)
+    runs = [(scale * y, run(subject, scale * y)) for scale in probes.SCALES if 1e-2 < scale < 1e2]
+    for form in FORMS:
+        fit = fit_lambda(runs, form)
+        if fit is not None:
+            e_lambda = shortest(fit, numbers.values(), 4 * precision)
+            agreement = compare(subject, [y], e_lambda, form, precision)
+            if agreement.max_error <= 2 * precision:
+                return e_lambda
+    return None
 
 
 def _nearest(

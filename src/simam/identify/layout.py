@@ -87,16 +87,18 @@ def affected(
         gate (callable): computes gates from x and the output.
         precision (float): the relative error of the gates.
     """
-    x = 10 * probes.pattern(subject.shape)
+    y = probes.pattern(subject.shape)
     index = tuple(size // 2 for size in subject.shape)
-    changed = x.clone()
-    changed[index] += 5
-    before, after = (gate(each, run(subject, each)) for each in (x, changed))
-    differs = (before - after).abs() > 20 * precision * (1 + before.abs())
+    differs = torch.zeros_like(y, dtype=torch.bool)
     differs[index] = True
+    for size in probes.SIZES:
+        changed = y.clone()
+        changed[index] += 0.5
+        before, after = (gate(size * each, run(subject, size * each)) for each in (y, changed))
+        differs |= (before - after).abs() > 20 * precision * (1 + before.abs())
     blocks, full, regular = [], [], True
     for axis, size in enumerate(subject.shape):
-        others = [dim for dim in range(x.dim()) if dim != axis]
+        others = [dim for dim in range(y.dim()) if dim != axis]
         indices = differs.any(dim=others).nonzero().flatten().tolist()
         length = indices[-1] - indices[0] + 1
         blocks.append(length)

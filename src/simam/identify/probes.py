@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 SCALES = tuple(10 ** (power / 2) for power in range(-14, 11))
+SIZES = (10.0, 0.3, 0.01)  # a few of them
 _NEAR_ZERO = 0.05
 
 

@@ -45,7 +45,6 @@ CENTRES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "minimum": lambda rows: rows.amin(-1),
 }
 _MIN_NEURONS = 5
-_SIZES = (10.0, 0.3, 0.01)
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class Reading:
         factor (Tensor): a factor of the gate, one number or one for each channel.
         link (str): a key of `LINKS`.
         inverted (bool): whether the link is applied to 1 / z.
+        shift (float): a number that is added to 1 / z.
+        least (float), most (float): the ends of the range to which the gate is cut.
         layout (Layout): the neurons that affect each other.
         precision (float): the relative error of the module's arithmetic.
         axes (Axes): the axes of a group.
@@ -71,6 +72,9 @@ class Reading:
     inverted: bool
     layout: Layout
     precision: float
+    shift: float = 0.0
+    least: float = -math.inf
+    most: float = math.inf
     axes: Axes = ()
     power: str = ""
     centre: str = "mean"
@@ -91,9 +95,11 @@ class Reading:
         inverse, low, high = LINKS[self.link]
         margin = self.precision**0.4
         known = (gate > low + margin) & (gate < high - margin)
+        cut = 16 * self.precision
+        known &= (gate > self.least + cut) & (gate < self.most - cut)
         possible = (gate >= low) & (gate <= high)
         z = inverse(torch.where(known, gate, 0.5))
-        return 1 / z if self.inverted else z, known & possible.all()
+        return 1 / (z - self.shift) if self.inverted else z, known & possible.all()
 
     def deviation(self, x: Tensor) -> Tensor:
         """Compute t."""
@@ -137,7 +143,7 @@ def read(
         )
         for factor in factors[output][: None if LINKS[link][2] == 1 else 1]
     ]
-    for forms, size in itertools.product((_usual_form, _rare_form), _SIZES):
+    for forms, size in itertools.product((_usual_forms, _rare_forms), probes.SIZES):
         try:
             output = run(subject, size * y)
         except ProbeError:
@@ -148,34 +154,55 @@ def read(
 
 
 def _fit(
-    draft: Reading, x: Tensor, output: Tensor, form: Callable[..., Reading | None]
-) -> Iterator[Reading]:
-    """Find the largest groups in which z has a known form."""
+    draft: Reading, x: Tensor, output: Tensor, forms: Callable[..., Iterator[Reading]]
+) -> list[Reading]:
+    """Find the readings for the largest groups in which z has a known form."""
+    draft = _cut(draft, x, output)
     z, known = draft.decode(x, output)
-    if not known.any():
-        return
-    for axes in subsets(draft.layout.axes):
-        x_rows, z_rows, known_rows = (draft.layout.group(t, axes) for t in (x, z, known))
+    layout = draft.layout
+    groups = subsets(layout.axes)
+    if forms is _rare_forms:  # which cost more: the map, or all neurons that affect each other
+        groups = [axes for axes in groups if axes == layout.axes or min(axes) >= 2]
+    for axes in groups if known.any() else []:
+        x_rows, z_rows, known_rows = (layout.group(each, axes) for each in (x, z, known))
         if (known_rows.sum(-1) >= _MIN_NEURONS).all():
-            reading = form(replace(draft, axes=axes), x, x_rows, z_rows, known_rows)
-            if reading is not None:
-                yield reading
-                return
+            found = list(forms(replace(draft, axes=axes), x, x_rows, z_rows, known_rows))
+            if found:
+                return found
+    return []
 
 
-def _usual_form(
+def _cut(draft: Reading, x: Tensor, output: Tensor) -> Reading:
+    """Note the ends of the gate's range, if gates of several groups are equal to them."""
+    gates = draft.layout.group(draft.gate(x, output), draft.layout.axes)
+    _, low, high = LINKS[draft.link]
+    least, most = float(gates.min()), float(gates.max())
+
+    def is_cut(end: float) -> bool:
+        at_end = ((gates - end).abs() <= 8 * draft.precision * abs(end)).sum(-1)
+        return bool((at_end > 0).sum() >= 2 and (at_end < gates.shape[-1]).all())
+
+    if least > low and is_cut(least):
+        draft = replace(draft, least=least)
+    if most < high and is_cut(most):
+        draft = replace(draft, most=most)
+    return draft
+
+
+def _usual_forms(
     draft: Reading, x: Tensor, rows: Tensor, z: Tensor, known: Tensor
-) -> Reading | None:
+) -> Iterator[Reading]:
     """Complete a reading if z is a polynomial of x, of degree 0 to 2."""
     layout, tolerance = draft.layout, draft.tolerance
     first = z.gather(-1, known.double().argmax(-1, keepdim=True))
     if ((z - first) * known).abs().max() <= tolerance:
-        return replace(draft, power="constant")
+        yield replace(draft, power="constant")
+        return
     mean, spread = rows.mean(-1, keepdim=True), rows.std(-1, keepdim=True)
     xi = (rows - mean) / spread
     (square, slope, offset), error = solve([xi * xi, xi, torch.ones_like(xi)], z, known)
     if not error <= tolerance:
-        return None
+        return
     signed = bool((square.abs() <= 1e3 * tolerance * slope.abs()).all())
     for name, axes in itertools.product(CENTRES, subsets(layout.axes)):
         centre = (layout.group(layout.reduce(CENTRES[name], x, axes), draft.axes) - mean) / spread
@@ -186,25 +213,30 @@ def _usual_form(
         differs = differs - differs.mean() if signed else differs
         if (centre == centre[..., :1]).all() and differs.abs().max() <= 1e3 * tolerance:
             power = "signed" if signed else "square"
-            return replace(draft, power=power, centre=name, centre_axes=axes)
-    return None
+            yield replace(draft, power=power, centre=name, centre_axes=axes)
+            return
 
 
-def _rare_form(
+def _rare_forms(
     draft: Reading, x: Tensor, rows: Tensor, z: Tensor, known: Tensor
-) -> Reading | None:
-    """Complete a reading if z is linear in another power, or a quotient as with leave-one-out."""
+) -> Iterator[Reading]:
+    """Complete a reading if z is a quotient in t, or linear in another power of the deviation."""
     one = torch.ones_like(rows)
     mean, spread = rows.mean(-1, keepdim=True), rows.std(-1, keepdim=True)
     t = ((rows - mean) / spread) ** 2
-    if solve([t, one, -z * t], z, known)[1] <= draft.tolerance:
-        return replace(draft, power="leave-one-out", centre_axes=draft.axes)
+    (k, _, q), error = solve([t, one, -z * t], z, known)
+    if error <= draft.tolerance:
+        yield replace(draft, power="leave-one-out", centre_axes=draft.axes)
+        limits = k / q  # of z, far outside
+        if not draft.inverted and (limits - limits.mean()).abs().max() <= 1e3 * draft.tolerance:
+            shifted = replace(draft, inverted=True, shift=float(limits.mean()))
+            yield from _usual_forms(shifted, x, rows, 1 / (z - shifted.shift), known)
     for power, name in itertools.product(("absolute", "signed square"), ("mean", "median", "zero")):
         reading = replace(draft, power=power, centre=name, centre_axes=draft.axes)
         t = draft.layout.group(reading.deviation(x), draft.axes)
         if solve([t / t.abs().amax(-1, keepdim=True), one], z, known)[1] <= draft.tolerance:
-            return reading
-    return None
+            yield reading
+            return
 
 
 def subsets(axes: Axes) -> list[Axes]:

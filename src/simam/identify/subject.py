@@ -167,7 +167,9 @@ def _numbers_of(module: nn.Module) -> list[int]:
     """Numbers that may be sizes of its input: integer attributes and sizes of parameters."""
     numbers: dict[int, None] = {}
     for part in module.modules():
-        numbers |= dict.fromkeys(v for v in vars(part).values() if type(v) is int)
+        for value in vars(part).values():
+            each = value if isinstance(value, (tuple, list)) else [value]
+            numbers |= dict.fromkeys(v for v in each if type(v) is int)
         for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
             numbers |= dict.fromkeys(tensor.shape)
     return [n for n in numbers if 1 < n <= 1024][:_MAX_NUMBERS]

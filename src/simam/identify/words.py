@@ -1,5 +1,6 @@
 """The deviations of a module in words."""
 
+import math
 from collections.abc import Iterable
 
 from .dissection import Facts
@@ -27,7 +28,7 @@ _LAWS = {
 _SPREADS = {
     "zero": "takes the mean square instead of the variance",
     "largest": "takes the largest squared deviation instead of the variance",
-    "absolute": "takes absolute deviations instead of the variance",
+    "absolute": "takes the mean absolute deviation instead of the variance",
 }
 
 
@@ -61,7 +62,7 @@ def deviations(facts: Facts, known: Iterable[float]) -> tuple[list[str], float |
     if facts.pooled:
         verb = {"sum": "sums", "average": "averages"}[facts.pooled]
         phrases.append(f"{verb} the numerator over the map, so that a channel has one gate")
-    if facts.law != "variance":
+    if facts.law != "variance" and facts.spread != "absolute":
         phrases.append(_LAWS[facts.law])
     phrases += _divisor(facts)
     more, e_lambda = _lambda_and_offset(facts, known)
@@ -72,11 +73,17 @@ def deviations(facts: Facts, known: Iterable[float]) -> tuple[list[str], float |
         phrases.append("has no sigmoid")
     elif reading.link != "sigmoid":
         phrases.append(f"applies {reading.link} instead of the sigmoid")
+    if reading.least > -math.inf:
+        phrases.append(f"limits the gate to at least {reading.least:.4g}")
+    if reading.most < math.inf:
+        phrases.append(f"limits the gate to at most {reading.most:.4g}")
     if reading.inverted:
         phrases.append(
             "applies the sigmoid to the energy instead of its reciprocal, so that the order is "
             "inverted"
         )
+        if abs(reading.shift) > 1e-6:
+            phrases.append(f"adds {reading.shift:.4g} to the energy")
     return phrases, e_lambda
 
 
@@ -126,7 +133,7 @@ def describe_axes(layout: Layout, axes: Axes) -> str:
         return f"over blocks of {size} instead of the map"
     spatial = tuple(range(2, rank))
     if axes == (1,) and rank == 3 or axes == tuple(range(1, last)) and rank > 3:
-        return "as if the last axis were the channels: it takes the last axis as the channels"
+        return "as if the last axis were the channels"
     if axes == (1,):
         return "over the channels at each position"
     if axes == (0, *spatial):
@@ -153,10 +160,12 @@ def _divisor(facts: Facts) -> list[str]:
         phrases.append(
             "takes the deviation from the mean of the other neurons, but the variance of all"
         )
-    if facts.law == "none" or facts.spread == "largest":
+    if facts.law == "none" or facts.spread in ("largest", "absolute"):
         return phrases
     if facts.divisor == "1":
         phrases.append("does not divide the sum of squares")
+    elif facts.divisor.isdigit():
+        phrases.append(f"divides the sum of squares by {facts.divisor} on maps of every size")
     elif facts.divisor != "M - 1":
         phrases.append(f"divides the sum of squares by {facts.divisor} instead of M - 1")
     return phrases
@@ -202,8 +211,12 @@ def _lambda_and_offset(facts: Facts, known: Iterable[float]) -> tuple[list[str],
         phrases.append(f"adds {offset:.4g} instead of 1/2")
     change = facts.small_offset - offset
     if abs(change) > 1e-3:
-        if abs(change + 0.25) < 1e-3:
-            phrases.append("counts lambda once instead of twice in the denominator of the energy")
+        times = 4 * facts.small_offset
+        if abs(offset - 0.5) < 1e-4 and abs(times - round(times)) < 1e-3:
+            how_often = {0: "not at all", 1: "once"}.get(round(times), f"{round(times)} times")
+            phrases.append(
+                f"counts lambda {how_often} instead of twice in the denominator of the energy"
+            )
         else:
             phrases.append(f"adds {offset + change:.4g} where the variance is far below lambda")
     return phrases, e_lambda
