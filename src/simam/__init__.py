@@ -4,12 +4,15 @@ from . import functional
 from .attach import attach, attached, detach, detached
 from .attention_maps import attention_maps
 from .checkpoints import load_checkpoint
+from .convert import convert
+from .identify import Identification, identify
 from .kernels import kernels_info
 from .module import SimAM
 from .placement import Insertion, Plan, Unanalysed, plan
 from .recalibrate import recalibrate
 
 __all__ = [
+    "Identification",
     "Insertion",
     "Plan",
     "SimAM",
@@ -17,9 +20,11 @@ __all__ = [
     "attach",
     "attached",
     "attention_maps",
+    "convert",
     "detach",
     "detached",
     "functional",
+    "identify",
     "kernels_info",
     "load_checkpoint",
     "plan",

@@ -25,10 +25,8 @@ def unfit(subject: Subject) -> str:
     x = probes.pattern(subject.shape).to(subject.dtype)
     output = subject(x)
     try:
-        expands = torch.broadcast_shapes(output.shape, x.shape) == x.shape
+        output.expand_as(x)
     except RuntimeError:
-        expands = False
-    if not expands:
         got, given = format_shape(output.shape), format_shape(x.shape)
         return f"returns a tensor of shape {got} for an input of shape {given}"
     fresh = copy.deepcopy(subject.copy)
@@ -83,7 +81,7 @@ def gradient(subject: Subject, e_lambda: float, statistics: str, precision: floa
     with torch.enable_grad():
         leaf = x.requires_grad_()
         try:
-            output = subject(leaf).double()
+            output = subject(leaf, copy.deepcopy(subject.copy)).double()
         except ProbeError as error:
             return f"fails where x requires a gradient ({error})"
         if not output.requires_grad:
@@ -126,7 +124,7 @@ def single_neuron(subject: Subject) -> tuple[str, bool]:
 
 def half_precision(subject: Subject) -> str:
     """Say what goes wrong in float16, compared with the module's own wider arithmetic."""
-    batch, channels, *spatial = subject.shape
+    _, channels, *spatial = subject.shape
     large = (1, channels, *([56] * len(spatial) if len(spatial) < 3 else [4, 28, 28]))
     shape = large if subject.takes(large) else subject.shape
     y = probes.pattern(shape)
@@ -158,7 +156,7 @@ def precision_of(subject: Subject) -> tuple[float, str]:
     found = output.dtype
     wide = output.double()
     gate = wide / x.double() if wide.shape == x.shape else wide
-    if gate.unique().numel() > 10:
+    if len(set(gate.flatten().tolist())) > 10:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             allowed = 4 * torch.finfo(found).eps * gate.abs()
             in_gate = bool(((gate.to(dtype).double() - gate).abs() <= allowed).all())
@@ -296,7 +294,7 @@ def _gives(subject: Subject, x: Tensor, module: nn.Module, expected: Tensor) -> 
 
 def fixed_size(subject: Subject) -> str:
     """Say that a module takes maps of one size alone, or no batch of one; "" otherwise."""
-    batch, channels, *spatial = subject.shape
+    _, channels, *spatial = subject.shape
     others = [shape for shape in probes.sizes(subject.shape) if shape[:2] == subject.shape[:2]]
     if not any(subject.takes(shape) for shape in others if shape != subject.shape):
         return f"takes only maps of {format_shape(spatial)}"

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..messages import format_shape
 from . import behaviour, probes
 from .closed_forms import FORMS, Fit, compare, fit_lambda, shortest
 from .dissection import dissect
 from .layout import run
-from .subject import ProbeError, Subject
+from .subject import ProbeError, Subject, quietly
 from .words import deviations, join
 
 _USUAL_LAMBDA = 1e-4
@@ -44,6 +43,11 @@ def examine(module: nn.Module) -> Verdict:
     Raises:
         ValueError: the module cannot be copied, or takes no input that was tried.
     """
+    with quietly():
+        return _examine(module)
+
+
+def _examine(module: nn.Module) -> Verdict:
     subject = Subject(module)
     unfit = behaviour.unfit(subject)
     if unfit:
@@ -151,9 +155,7 @@ def _describe(
     return phrases, e_lambda
 
 
-def _rough_lambda(
-    subject: Subject, numbers: Mapping[str, float], precision: float
-) -> float | None:
+def _rough_lambda(subject: Subject, numbers: Mapping[str, float], precision: float) -> float | None:
     """Fit lambda to a module that computes in half precision."""
     y = probes.pattern(subject.shape)
     runs = [(scale * y, run(subject, scale * y)) for scale in probes.SCALES if 1e-2 < scale < 1e2]

@@ -66,8 +66,7 @@ class Layout:
 
 def run(subject: Subject, x: Tensor) -> Tensor:
     """Run the subject on x in its dtype; a smaller output is expanded (Tensor like x, float64)."""
-    output = subject(x.to(subject.dtype)).double()
-    return output.expand_as(x)
+    return subject(x.to(subject.dtype)).double().expand_as(x)
 
 
 def is_product(subject: Subject) -> bool:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,9 +81,24 @@ class Reading:
     centre_axes: Axes = ()
 
     @property
+    def kind(self) -> tuple[object, ...]:
+        """What tells a reading from others of the same module."""
+        return self.output, self.link, self.inverted, self.axes, self.power, self.centre
+
+    @property
     def tolerance(self) -> float:
         """The error of z where the gate is near the end of its range."""
         return float(10 * self.precision**0.6)
+
+    @property
+    def noise(self) -> float:
+        """The error of z elsewhere, which is smaller."""
+        return 1e4 * self.precision
+
+    def is_same(self, values: Tensor, expected: float | None = None) -> bool:
+        """Whether values of z are equal up to their errors; to each other, or to a number."""
+        middle = values.median() if expected is None else expected
+        return bool((values - middle).abs().max() < 300 * self.tolerance)
 
     def gate(self, x: Tensor, output: Tensor) -> Tensor:
         """Compute the gate, without its factor."""

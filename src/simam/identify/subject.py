@@ -103,7 +103,9 @@ class Subject:
             output = self(x)
         except ProbeError:
             return False
-        return output.dim() != x.dim() or all(o <= s for o, s in zip(output.shape, shape))
+        return output.dim() != x.dim() or all(
+            o <= s for o, s in zip(output.shape, shape, strict=True)
+        )
 
     def _find_shape(self, name: str) -> tuple[int, ...]:
         numbers = _numbers_of(self.copy)
@@ -111,7 +113,10 @@ class Subject:
         maps = dict.fromkeys([_MAPS[0], *((n, n) for n in numbers if n <= 64), *_MAPS])
         flat = [(2, c, *m) for m in maps for c in channels]
         lines = [
-            (2, *each) for c in channels for length in (35, 36) for each in ((c, length), (length, c))
+            (2, *each)
+            for c in channels
+            for length in (35, 36)
+            for each in ((c, length), (length, c))
         ]
         volumes = [(2, c, 3, 4, 5) for c in channels]
         shapes = [*flat, *((2, *_MAPS[0], c) for c in numbers), *lines, *volumes]
@@ -160,7 +165,9 @@ def _remove_hooks(module: nn.Module) -> None:
 
 def hooks_of(module: nn.Module) -> list[dict[Any, Any]]:
     """The tables of hooks that a module has registered."""
-    return [v for k, v in vars(module).items() if k.endswith("_hooks") and isinstance(v, dict) and v]
+    return [
+        v for k, v in vars(module).items() if k.endswith("_hooks") and isinstance(v, dict) and v
+    ]
 
 
 def _numbers_of(module: nn.Module) -> list[int]:

@@ -62,7 +62,7 @@ def deviations(facts: Facts, known: Iterable[float]) -> tuple[list[str], float |
     if facts.pooled:
         verb = {"sum": "sums", "average": "averages"}[facts.pooled]
         phrases.append(f"{verb} the numerator over the map, so that a channel has one gate")
-    if facts.law != "variance" and facts.spread != "absolute":
+    if facts.law != "variance" and facts.spread.name != "absolute":
         phrases.append(_LAWS[facts.law])
     phrases += _divisor(facts)
     more, e_lambda = _lambda_and_offset(facts, known)
@@ -96,27 +96,27 @@ def _statistics(facts: Facts) -> list[str]:
     def is_normal(axes: Axes) -> bool:
         return axes == normal and all(layout.full[axis] for axis in axes)
 
-    centre_axes = facts.spread_axes if facts.pooled else reading.centre_axes
-    where = describe_axes(layout, facts.spread_axes)
+    centre_axes = facts.spread.axes if facts.pooled else reading.centre_axes
+    where = describe_axes(layout, facts.spread.axes)
     uncentred = reading.centre == "zero"
     if facts.law == "none":
         if not uncentred and not is_normal(centre_axes):
             phrases.append(f"takes the mean {describe_axes(layout, centre_axes)}")
-    elif centre_axes == facts.spread_axes or uncentred:
-        if not is_normal(facts.spread_axes):
+    elif centre_axes == facts.spread.axes or uncentred:
+        if not is_normal(facts.spread.axes):
             phrases.append(f"takes the statistics {where}")
     else:
         if not is_normal(centre_axes):
             phrases.append(f"takes the mean {describe_axes(layout, centre_axes)}")
-        if not is_normal(facts.spread_axes):
+        if not is_normal(facts.spread.axes):
             phrases.append(f"takes the variance {where}")
     if uncentred:
         phrases.append("does not subtract the mean")
     elif reading.centre != "mean":
         phrases.append(f"subtracts the {reading.centre} instead of the mean")
     expected = "mean" if reading.centre == "mean" else reading.centre
-    if facts.law != "none" and facts.spread in _SPREADS and facts.spread != expected:
-        phrases.append(_SPREADS[facts.spread])
+    if facts.law != "none" and facts.spread.name in _SPREADS and facts.spread.name != expected:
+        phrases.append(_SPREADS[facts.spread.name])
     return phrases
 
 
@@ -132,7 +132,7 @@ def describe_axes(layout: Layout, axes: Axes) -> str:
         size = "x".join(str(layout.blocks[axis]) for axis in axes)
         return f"over blocks of {size} instead of the map"
     spatial = tuple(range(2, rank))
-    if axes == (1,) and rank == 3 or axes == tuple(range(1, last)) and rank > 3:
+    if axes == tuple(range(1, last)):
         return "as if the last axis were the channels"
     if axes == (1,):
         return "over the channels at each position"
@@ -154,28 +154,35 @@ def _divisor(facts: Facts) -> list[str]:
     leave_one_out = facts.reading.power == "leave-one-out"
     if leave_one_out:
         phrases.append("takes leave-one-out statistics")
-        if not facts.others:
+        if not facts.spread.others:
             phrases.append("but the deviation from the mean of the whole channel")
-    elif facts.others:
+    elif facts.spread.others:
         phrases.append(
             "takes the deviation from the mean of the other neurons, but the variance of all"
         )
-    if facts.law == "none" or facts.spread in ("largest", "absolute"):
+    if facts.law == "none" or facts.spread.name in ("largest", "absolute"):
         return phrases
-    if facts.divisor == "1":
+    if facts.spread.divisor == "1":
         phrases.append("does not divide the sum of squares")
-    elif facts.divisor.isdigit():
-        phrases.append(f"divides the sum of squares by {facts.divisor} on maps of every size")
-    elif facts.divisor != "M - 1":
-        phrases.append(f"divides the sum of squares by {facts.divisor} instead of M - 1")
+    elif facts.spread.divisor.isdigit():
+        phrases.append(
+            f"divides the sum of squares by {facts.spread.divisor} on maps of every size"
+        )
+    elif facts.spread.divisor != "M - 1":
+        phrases.append(f"divides the sum of squares by {facts.spread.divisor} instead of M - 1")
     return phrases
 
 
 def _lambda_and_offset(facts: Facts, known: Iterable[float]) -> tuple[list[str], float | None]:
     phrases: list[str] = []
-    factor, offset = facts.factor, facts.offset
-    e_lambda = facts.e_lambda
-    scaled = factor > 0 and abs(factor * offset - 2) < 1e-3 and abs(factor - 4) > 1e-3 and facts.law != "none"
+    factor, offset = facts.spread.factor, facts.offset
+    e_lambda = facts.spread.e_lambda
+    scaled = (
+        factor > 0
+        and abs(factor * offset - 2) < 1e-3
+        and abs(factor - 4) > 1e-3
+        and facts.law != "none"
+    )
     if scaled and not facts.softmax:
         phrases.append(f"multiplies 1/e by {4 / factor:.4g} before the sigmoid")
     elif facts.law == "none":
@@ -187,12 +194,12 @@ def _lambda_and_offset(facts: Facts, known: Iterable[float]) -> tuple[list[str],
         e_lambda = None
     elif e_lambda is None:
         phrases.append("has a lambda that changes with the size of the map")
-    elif facts.floor is not None:
+    elif facts.spread.floor is not None:
         in_place = " in place of lambda" if e_lambda == 0 else ""
-        phrases.append(f"has a floor of {facts.floor:.4g} under the variance{in_place}")
+        phrases.append(f"has a floor of {facts.spread.floor:.4g} under the variance{in_place}")
     elif e_lambda == 0:
         phrases.append("has no lambda")
-    elif facts.divided:
+    elif facts.spread.divided:
         phrases.append("adds lambda to the sum of squares, so that lambda is divided too")
     e_lambda = e_lambda or None
     if facts.softmax or scaled:

@@ -25,6 +25,7 @@ __all__ = [
     "list_unanalysed",
     "match_globs",
     "plan",
+    "select",
 ]
 
 Selector: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -116,7 +117,7 @@ def plan(
         raise ValueError(_nothing_found(model, place, planned.unanalysed))
     if exclude is not None:
         paths = [i.path for i in planned] + [u.block for u in planned.unanalysed]
-        left_out = _select(
+        left_out = select(
             exclude, {p: model.get_submodule(p) for p in paths}, "exclude", "the planned insertions"
         )
         unanalysed = [u for u in planned.unanalysed if u.block not in left_out]
@@ -155,7 +156,7 @@ def _selected(model: nn.Module, where: Selector) -> Plan:
     layers = {module.simam for module in model.modules() if is_host(module)}
     modules = {path: m for path, m in model.named_modules() if m not in layers}
     convolutions = {path: m for path, m in modules.items() if is_convolution(m)}
-    chosen = _select(where, modules, "where", "the model's modules", convolutions)
+    chosen = select(where, modules, "where", "the model's modules", convolutions)
     return Plan(
         Insertion(path, path.rpartition(".")[0], describe_host(module), "selected by where=")
         for path, module in modules.items()
@@ -163,7 +164,7 @@ def _selected(model: nn.Module, where: Selector) -> Plan:
     )
 
 
-def _select(
+def select(
     selector: Selector,
     modules: Mapping[str, nn.Module],
     argument: str,
