@@ -12,9 +12,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "simam"
 # From the bottom. A module imports from the layers below its own; within a layer only as listed.
 LAYERS = [
     {"messages"},
-    {"state_dict", "modes", "batches"},  # anyone may import them
+    {"state_dict", "weights_file", "modes", "batches"},  # anyone may import them
     {"kernels"},
-    {"reference", "ops"},
+    {"reference", "masked", "ops"},
     {"functional"},
     {"module"},
     {"hosts", "identify"},
@@ -25,6 +25,7 @@ LAYERS = [
     {"__main__"},
 ]
 WITHIN_A_LAYER = {
+    ("weights_file", "state_dict"),
     ("ops", "reference"),
     ("models", "attach"),
     ("models", "checkpoints"),

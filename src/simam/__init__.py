@@ -8,10 +8,11 @@ from .convert import convert
 from .identify import Identification, identify
 from .kernels import kernels_info
 from .module import SimAM
-from .placement import Insertion, Plan, Unanalysed, plan
+from .placement import ExistingSimAM, Insertion, Plan, Unanalysed, plan
 from .recalibrate import recalibrate
 
 __all__ = [
+    "ExistingSimAM",
     "Identification",
     "Insertion",
     "Plan",

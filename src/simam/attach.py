@@ -18,7 +18,15 @@ from torch.nn.utils import parametrize
 from . import hosts
 from .messages import first_few
 from .module import SimAM
-from .placement import PLACES, Selector, check_module, find_insertions, list_unanalysed, plan
+from .placement import (
+    PLACES,
+    Selector,
+    check_module,
+    find_insertions,
+    list_existing,
+    list_unanalysed,
+    plan,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,7 +69,8 @@ def attach(
             or if SimAM is attached at another place already. The model is then unchanged.
 
     Warns:
-        UserWarning: a block that may be residual could not be analysed and gets no SimAM.
+        UserWarning: a block that may be residual could not be analysed and gets no SimAM; a block
+            has SimAM already and gets no second one; or it gets one, because where= selects it.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -88,11 +97,21 @@ def attach(
             "in exclude= to accept this.",
             stacklevel=2,
         )
+    if planned.existing:
+        existing = list_existing(planned.existing)
+        warnings.warn(
+            f"selected by where=, though SimAM is there already: {existing}"
+            if where is not None
+            else f"left without a second SimAM: {existing}. Choose hosts with where= to insert one "
+            "all the same, or name the blocks in exclude= to accept this.",
+            stacklevel=2,
+        )
     for host in chosen.values():
         layer = SimAM(e_lambda=e_lambda, statistics=statistics)
         hosts.insert(host, layer.train(host.training))
     for module in model.modules():
         hosts.hide_norm(module)
+        hosts.fold_once(module)
     return model
 
 
@@ -160,7 +179,8 @@ def detached(model: Model) -> Iterator[Model]:
     """Remove the SimAM layers that `attach` inserted for the duration of a `with` block.
 
     For tools that go by the exact class of a layer, such as thop and torchinfo. The layers return
-    when the block ends, with an error too, to the modules that were their hosts.
+    when the block ends, with an error too, to the modules that were their hosts. Do not fold norms
+    in the block, but in a copy that is detached for good.
 
     Args:
         model (nn.Module): the network, changed in place.
@@ -169,8 +189,8 @@ def detached(model: Model) -> Iterator[Model]:
         nn.Module: the same model, without attached SimAM.
 
     Raises:
-        TypeError, ValueError: as `detach`; also if the block made a host parametrized, which then
-            stays without SimAM.
+        TypeError, ValueError: as `detach`; also if the block made a host parametrized, or replaced
+            or removed a module beside it, as folding does. This host then stays without SimAM.
 
     Examples:
         >>> net = attach(nn.Sequential(nn.Conv2d(3, 8, 3)), where="0")
@@ -183,16 +203,32 @@ def detached(model: Model) -> Iterator[Model]:
     layers = {path: (model.get_submodule(path), x) for path, x in attached(model).items()}
     parents = [m for m in model.modules() if hosts.is_changed(m) and not hosts.is_host(m)]
     detach(model)
+    beside = {path: _modules_beside(path, model) for path in layers}
     try:
         yield model
     finally:
-        for host, layer in layers.values():
-            if not _obstacle(host):
+        folded = [path for path in layers if _modules_beside(path, model) != beside[path]]
+        for path, (host, layer) in layers.items():
+            if path not in folded and not _obstacle(host):
                 hosts.insert(host, layer.train(host.training))
         for parent in parents:
             hosts.hide_norm(parent)
+            hosts.fold_once(parent)
         for path, (host, _) in layers.items():
             _check_attachable(path, host)
+        if folded:
+            raise ValueError(
+                f"left without SimAM: {first_few(folded)}. The block replaced or removed a module "
+                "beside it, as folding a norm does; do that to detach(copy.deepcopy(model)) instead"
+            )
+
+
+def _modules_beside(path: str, model: nn.Module) -> dict[str, nn.Module | None]:
+    """The children of the module that holds the module at this path; none if it is gone."""
+    try:
+        return dict(model.get_submodule(path.rpartition(".")[0])._modules)
+    except AttributeError:
+        return {}
 
 
 def _check_other_places(model: nn.Module, place: str) -> None:

@@ -1,4 +1,4 @@
-"""Load the authors' published weights into networks with SimAM attached.
+"""Load the authors' weights into networks with SimAM attached.
 
 The authors' networks hold SimAM as a module among others, so some tensors have other names than in
 torchvision and timm. This file translates the names. No code from a checkpoint is run.
@@ -7,7 +7,8 @@ torchvision and timm. This file translates the names. No code from a checkpoint 
 import os
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from .messages import first_few
 from .module import SimAM
 from .placement import check_module
-from .state_dict import compare, load_strictly, read
+from .state_dict import compare, load_strictly, recorded_layers, without_profile
+from .weights_file import read
 
-E_LAMBDA = 0.1  # in every network whose weights the authors published
+E_LAMBDA = 0.1  # of the classifiers for ImageNet and the detectors that the authors published
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,22 +34,42 @@ _TO_TORCHVISION = (
     (r"^(features\.\d+\.conv\.\d)\.2\.", r"\1.1."),
     (r"^classifier\.0\.", "classifier.1."),
 )
+# The classifiers for ImageNet that the authors published, by the number of SimAM layers in each
+# stage, and the shapes of the first convolution and of two in the last stage.
+_RESNET = ("conv1.weight", "layer4.1.conv1.weight", "layer4.1.conv2.0.weight")
+_MOBILENETV2 = ("features.0.0.weight", "features.17.conv.1.0.weight", "features.18.0.weight")
+_BASIC = ((64, 3, 7, 7), (512, 512, 3, 3), (512, 512, 3, 3))
+_BOTTLENECK = ((64, 3, 7, 7), (512, 2048, 1, 1), (512, 512, 3, 3))
+_PUBLISHED = {
+    ((2, 2, 2, 2), _BASIC),  # ResNet-18
+    ((3, 4, 6, 3), _BASIC),  # ResNet-34
+    ((3, 4, 6, 3), _BOTTLENECK),  # ResNet-50
+    ((3, 4, 23, 3), _BOTTLENECK),  # ResNet-101
+    ((3, 4, 6, 3), ((64, 3, 7, 7), (1024, 2048, 1, 1), (1024, 32, 3, 3))),  # ResNeXt-50 32x4d
+    ((17,), ((32, 3, 3, 3), (960, 1, 3, 3), (1280, 320, 1, 1))),  # MobileNetV2
+}
 _HEADS = {"fc", "classifier", "conv_head", "bn2"}  # absent from a network without classifier
 
 
 def load_checkpoint(model: Model, path: str | os.PathLike[str]) -> Model:
-    """Load the authors' published weights into a network with SimAM, safely and strictly.
+    """Load the authors' weights into a network with SimAM, safely and strictly.
 
     The file is one of the authors' classifiers for ImageNet (ResNet-18, 34, 50, 101, ResNeXt-50
-    32x4d, MobileNetV2) or one of their detectors, of which the backbone is loaded. The model is a
-    torchvision or timm network with SimAM attached, or a model of `simam.models`. If the model has
-    a backbone, as torchvision's detectors have, the weights go into the backbone, and the rest of
-    the model is unchanged. If the network has no classifier, the classifier of the file is left
-    out. A file with the network's own names loads too.
+    32x4d, MobileNetV2), one of their detectors, of which the backbone is loaded, or of another
+    network that was trained with their code. The model has the same names except for SimAM: for
+    ImageNet a torchvision or timm network with SimAM attached, or a model of `simam.models`; for
+    CIFAR a network with the authors' names. If the model has a backbone, as torchvision's
+    detectors have, the weights go into the backbone, and the rest of the model is unchanged. If
+    the network has no classifier, the classifier of the file is left out. A file with the
+    network's own names loads too.
 
     Only tensors are read from the file. The file must fill every tensor of the network, except
-    the batch counts of norms. The authors trained with `e_lambda=0.1`, so their files set
-    `e_lambda` to 0.1 on every SimAM layer.
+    the batch counts of norms. Buffers that thop's `profile` leaves (`total_ops`, `total_params`)
+    are skipped.
+
+    The authors trained their classifiers for ImageNet and their detectors with `e_lambda=0.1`, so
+    these files set `e_lambda` to 0.1 on every SimAM layer. No other file of theirs tells its
+    `e_lambda`, which is 1e-4 on CIFAR, so the network keeps its own.
 
     Args:
         model (nn.Module): the network, changed in place.
@@ -67,7 +89,9 @@ def load_checkpoint(model: Model, path: str | os.PathLike[str]) -> Model:
         ImportError: the file is a `.safetensors` file, and safetensors is not installed.
 
     Warns:
-        UserWarning: a SimAM layer had an `e_lambda` other than 0.1.
+        UserWarning: the `e_lambda` of a SimAM layer was changed; the file does not tell its
+            `e_lambda`; or the file records SimAM at other places or with other options than the
+            network has, as files of this library do.
 
     Source:
         Yang et al., ICML 2021, and the files published with the paper.
@@ -89,9 +113,10 @@ def load_checkpoint(model: Model, path: str | os.PathLike[str]) -> Model:
             f"this {type(network).__name__} has no SimAM; attach it first: "
             f"simam.attach(model, e_lambda={E_LAMBDA})"
         )
-    content, own = read(path), network.state_dict()
-    authors = is_authors(content)
-    state = rename(content, own) if authors else content
+    own = network.state_dict()
+    content = without_profile(read(path), own)
+    translated = is_authors(key for key in content if key not in own)
+    state = rename(content, own) if translated else content
     wrong = compare(state, own)
     if wrong:
         raise ValueError(
@@ -100,14 +125,56 @@ def load_checkpoint(model: Model, path: str | os.PathLike[str]) -> Model:
         )
     _check_placement(path, content, own, layers)
     load_strictly(network, state, str(path))
-    if authors:
-        _set_e_lambda(model, layers.values())
+    e_lambda = trained_e_lambda(content)
+    if e_lambda is None and translated:
+        kept = {layer.e_lambda for layer in layers.values()}
+        warnings.warn(unknown_e_lambda(path, kept), stacklevel=2)
+    elif e_lambda is not None and (translated or not recorded_layers(content)):
+        _set_e_lambda(model, layers.values(), e_lambda)
     return model
 
 
-def is_authors(keys: Collection[str]) -> bool:
-    """Check whether tensors have the names of the authors' networks."""
+def is_authors(keys: Iterable[str]) -> bool:
+    """Check whether tensors have the names of the authors' networks.
+
+    torchvision's `r3d_18` has such names, too: names that a network has itself prove nothing.
+    """
     return any(map(_SIMAM_SEQUENTIAL.match, keys))
+
+
+def trained_e_lambda(state: Mapping[str, Tensor]) -> float | None:
+    """Return the e_lambda that an authors' network was trained with, or None if it is not known.
+
+    A network with SimAM of this library records it. The authors' networks do not, but all of their
+    classifiers for ImageNet and of their detectors have the same.
+    """
+    layers = (recorded_layers(state) or {}).values()
+    recorded = {layer["e_lambda"] for layer in layers if layer}
+    if recorded:
+        return recorded.pop() if len(recorded) == 1 else None
+    return E_LAMBDA if _is_published(state) else None
+
+
+def unknown_e_lambda(source: object, kept: Iterable[float]) -> str:
+    """Say that a file does not tell its e_lambda, and which the network keeps."""
+    return (
+        f"{source} does not tell the e_lambda that its weights were trained with; this network "
+        f"keeps {', '.join(f'{value:g}' for value in sorted(kept))}. The authors use 1e-4 on CIFAR "
+        "and 0.1 on ImageNet and COCO"
+    )
+
+
+def _is_published(state: Mapping[str, Tensor]) -> bool:
+    """Check whether tensors are of a network whose weights the authors published."""
+    shapes = {key.removeprefix("backbone."): tuple(tensor.shape) for key, tensor in state.items()}
+    layers = {match[1] for match in map(_SIMAM_SEQUENTIAL.match, state) if match}
+    stages = Counter(path.partition(".")[0] for path in layers)
+    depths = tuple(stages[stage] for stage in sorted(stages))
+    names = _RESNET if "conv1.weight" in shapes else _MOBILENETV2
+    classes = shapes.get("fc.weight") or shapes.get("classifier.0.weight") or (0,)
+    is_detector = any(key.startswith("rpn_head.") for key in state)
+    is_known = (depths, tuple(shapes.get(name, ()) for name in names)) in _PUBLISHED
+    return is_known and (is_detector or classes[0] == 1000)
 
 
 def rename(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
@@ -194,16 +261,16 @@ def _check_placement(
         )
 
 
-def _set_e_lambda(model: nn.Module, layers: Collection[SimAM]) -> None:
-    replaced = [layer.e_lambda for layer in layers if layer.e_lambda != E_LAMBDA]
+def _set_e_lambda(model: nn.Module, layers: Collection[SimAM], e_lambda: float) -> None:
+    replaced = [layer.e_lambda for layer in layers if layer.e_lambda != e_lambda]
     for layer in layers:
-        layer.e_lambda = E_LAMBDA
+        layer.e_lambda = e_lambda
     arguments = getattr(model, "_model_args", {})  # timm's save_for_hf writes them to the file
     if "e_lambda" in arguments:
-        arguments["e_lambda"] = E_LAMBDA
+        arguments["e_lambda"] = e_lambda
     if replaced:
         warnings.warn(
-            f"set e_lambda={E_LAMBDA} on {len(replaced)} SimAM layers, because the authors trained "
-            f"these weights with it; it was {', '.join(f'{v:g}' for v in sorted(set(replaced)))}",
+            f"set e_lambda={e_lambda} on {len(replaced)} SimAM layers, because these weights were "
+            f"trained with it; it was {', '.join(f'{v:g}' for v in sorted(set(replaced)))}",
             stacklevel=3,
         )

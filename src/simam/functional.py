@@ -6,12 +6,18 @@ from numbers import Real
 import torch
 from torch import Tensor, fx
 
-from . import ops, reference
+from . import masked, ops, reference
 
 __all__ = ["attention", "energy", "simam"]
 
 
-def simam(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> Tensor:
+def simam(
+    x: Tensor,
+    e_lambda: float = 1e-4,
+    *,
+    statistics: str = "shared",
+    mask: Tensor | None = None,
+) -> Tensor:
     """Scale every neuron by how much it stands out from the rest of its channel.
 
     For every neuron t, SimAM asks how well a linear function w x + b separates t, labelled +1,
@@ -33,14 +39,20 @@ def simam(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> T
             whole channel. "leave_one_out" uses the mean and variance of the other neurons, which
             gives the exact minimum. The gates differ visibly on small maps, by up to 0.029 at
             7x7.
+        mask (Tensor, optional): bool, broadcastable to (N, 1, *spatial). Where it is True, the
+            position counts for the statistics of its channel, as in a batch of padded sequences.
+            The counted positions come out as without the others, which are scaled by the gate that
+            the counted ones give them. A sample without counted positions gets the gate
+            sigmoid(1/2). With a mask, plain torch operations run instead of the fused kernel.
 
     Returns:
         Tensor[N, C, *spatial]: same shape, dtype and, for a dense x, strides.
 
     Raises:
-        TypeError: x is not a floating-point tensor, or e_lambda is not a number.
+        TypeError: x is not a floating-point tensor, e_lambda is not a number, or mask is not a bool
+            tensor.
         ValueError: x has fewer than three dimensions or a spatial size of 0, e_lambda is not
-            positive and finite, or statistics is unknown.
+            positive and finite, statistics is unknown, or mask does not broadcast.
 
     Source:
         Yang et al., ICML 2021, equations 1 to 6. The paper divides the shared variance by M; the
@@ -51,18 +63,28 @@ def simam(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> T
         >>> x = torch.tensor([[[0.0, 0.0, 0.0, 4.0]]])
         >>> simam(x)
         tensor([[[0.0000, 0.0000, 0.0000, 2.9727]]])
+        >>> padded = torch.tensor([[[0.0, 0.0, 0.0, 4.0, 7.0]]])
+        >>> simam(padded, mask=torch.tensor([True, True, True, True, False]))[..., :4]
+        tensor([[[0.0000, 0.0000, 0.0000, 2.9727]]])
     """
     check_number(e_lambda)
-    return simam_forward(x, e_lambda, statistics)
+    return simam_forward(x, e_lambda, statistics, mask)
 
 
-def attention(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> Tensor:
+def attention(
+    x: Tensor,
+    e_lambda: float = 1e-4,
+    *,
+    statistics: str = "shared",
+    mask: Tensor | None = None,
+) -> Tensor:
     """Compute the gate `sigmoid(1 / e*)`, by which `simam` multiplies each neuron.
 
     Args:
         x (Tensor[N, C, *spatial]): feature maps, as for `simam`.
         e_lambda (float): the regulariser lambda, in the squared units of x.
         statistics (str): "shared" or "leave_one_out".
+        mask (Tensor, optional): which positions count, as for `simam`.
 
     Returns:
         Tensor[N, C, *spatial]: gates from sigmoid(1/2) = 0.622 to 1, dimensionless, in x's dtype.
@@ -79,16 +101,26 @@ def attention(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") 
     """
     check_number(e_lambda)
     _check(x, e_lambda, statistics)
+    if mask is not None:
+        _check_mask(x, mask)
+        return masked.attention(x, mask, e_lambda, statistics)
     return reference.attention(x, e_lambda, statistics)
 
 
-def energy(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> Tensor:
+def energy(
+    x: Tensor,
+    e_lambda: float = 1e-4,
+    *,
+    statistics: str = "shared",
+    mask: Tensor | None = None,
+) -> Tensor:
     """Compute the minimal energy `e*`: how hard it is to separate each neuron from its channel.
 
     Args:
         x (Tensor[N, C, *spatial]): feature maps, as for `simam`.
         e_lambda (float): the regulariser lambda, in the squared units of x.
         statistics (str): "shared" or "leave_one_out".
+        mask (Tensor, optional): which positions count, as for `simam`.
 
     Returns:
         Tensor[N, C, *spatial]: energies from 0, for a neuron that stands out, to 2, for a neuron
@@ -106,13 +138,21 @@ def energy(x: Tensor, e_lambda: float = 1e-4, *, statistics: str = "shared") -> 
     """
     check_number(e_lambda)
     _check(x, e_lambda, statistics)
+    if mask is not None:
+        _check_mask(x, mask)
+        return masked.energy(x, mask, e_lambda, statistics)
     return reference.energy(x, e_lambda, statistics)
 
 
 @fx.wrap  # one node in an fx graph, because the checks need a tensor
-def simam_forward(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
+def simam_forward(
+    x: Tensor, e_lambda: float, statistics: str, mask: Tensor | None = None
+) -> Tensor:
     """Validate x and apply SimAM; positional, as TorchScript has no keyword-only arguments."""
     _check(x, e_lambda, statistics)
+    if mask is not None:
+        _check_mask(x, mask)
+        return masked.forward(x, mask, e_lambda, statistics)
     # TorchScript compiles only this branch, and a traced graph must hold torch's operators alone.
     if torch.jit.is_scripting() or torch.jit.is_tracing():
         return reference.forward(x, e_lambda, statistics)
@@ -154,4 +194,21 @@ def _check(x: Tensor, e_lambda: float, statistics: str) -> None:
         raise ValueError(
             f"x must have at least one position in each spatial dimension, got shape "
             f"{list(x.shape)}"
+        )
+
+
+def _check_mask(x: Tensor, mask: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, got {mask.dtype}; convert it: mask.bool()")
+    expected = [x.shape[0], 1] + list(x.shape[2:])  # noqa: RUF005 - TorchScript has no unpacking
+    extra = len(expected) - mask.dim()
+    fits = extra >= 0
+    for i in range(mask.dim()):
+        fits = fits and (mask.shape[i] == 1 or mask.shape[i] == expected[max(extra, 0) + i])
+    if not fits:
+        raise ValueError(
+            f"mask must broadcast to (N, 1, *spatial), here {expected}, got {list(mask.shape)}; "
+            "add the missing dimensions, for example mask[:, None]"
         )

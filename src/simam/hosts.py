@@ -7,7 +7,8 @@ that child. Other code may rebuild, fold or copy a host; it must not lose SimAM 
 import inspect
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, update_wrapper
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -18,11 +19,21 @@ from .module import SimAM
 # The names in code that folds a norm, and in code that folds a module by the module's own method.
 _READ_TO_FOLD = frozenset({"weight", "running_var", "eps"})
 _FUSED_FORWARDS = frozenset({"forward_fuse", "fuseforward"})
+# What an adapter reads of the layer that it adapts; and the functions of peft that put this layer
+# in the place of the adapter.
+_READ_TO_ADAPT = frozenset({"weight", "base_layer"})
+_WATCHED = _READ_TO_FOLD | _READ_TO_ADAPT
+_UNLOADING = frozenset({"_unload_and_optionally_merge", "unload_and_optionally_merge_module"})
 
 _FOLDING = (
     "cannot fold or convert this {}: its output passes through SimAM, which would be lost or "
     "misplaced. Nothing has been changed. Fold or convert before simam.attach, or a copy after "
     "simam.detach"
+)
+_ADAPTING = (
+    "cannot adapt this {}: SimAM is attached to it, so that an adapter would act behind SimAM, but "
+    "before it once it is merged. The layer has not been changed. Adapt first and attach then: "
+    "simam.detach(model), get_peft_model(model, config), simam.attach(model)"
 )
 _NEW_BIAS = (
     "cannot give this convolution a bias, as folding a batch norm into it does, because SimAM "
@@ -34,6 +45,12 @@ _NEW_BIAS = (
 def is_host(module: object) -> bool:
     """Return whether `insert` made the module a host."""
     return isinstance(module, _Host)
+
+
+def is_adapter(module: object) -> bool:
+    """Return whether the module is an adapter of peft, such as LoRA, around its `base_layer`."""
+    is_module = isinstance(module, nn.Module) and hasattr(type(module), "get_base_layer")
+    return is_module and isinstance(getattr(module, "base_layer", None), nn.Module)
 
 
 def insert(host: nn.Module, layer: SimAM) -> None:
@@ -56,18 +73,29 @@ def hide_norm(parent: nn.Module) -> None:
         _change_class(parent, _norm_hidden_class)
 
 
+def fold_once(module: nn.Module) -> None:
+    """Keep a block that folds itself, as YOLOv10's RepVGGDW, from being folded a second time.
+
+    Ultralytics 8.3 folds a network again while it has ten norms, and such a block fails then. The
+    norms that `hide_norm` keeps count. A module of another kind is left as it is.
+    """
+    kind = type(module)
+    if _replaces_forward(dir(kind)) and hasattr(kind, "fuse") and not is_changed(module):
+        _change_class(module, _folded_once_class)
+
+
 def is_changed(module: object) -> bool:
-    """Return whether `insert` or `hide_norm` changed the class of the module."""
+    """Return whether a function of this file changed the class of the module."""
     return isinstance(module, _Changed)
 
 
 def class_was_changed_since(module: Any) -> bool:
-    """Return whether a changed module has another class than `insert` or `hide_norm` gave it."""
+    """Return whether a changed module has another class than it got here."""
     return type(module) is not module.make_class(module.plain_class)
 
 
 def undo(module: Any) -> None:
-    """Undo `insert` or `hide_norm`."""
+    """Undo `insert`, `hide_norm` or `fold_once`."""
     if is_host(module):
         del module.simam
     module.__class__ = module.plain_class
@@ -103,13 +131,26 @@ def _new(make_class: Callable[[Any], type], plain_class: Any) -> Any:
 class _Host(_Changed):
     """A module whose output passes through its child `simam`."""
 
+    forward_code: CodeType | None
+
     def __getattr__(self, name: str) -> Any:
-        # Code that folds a norm into a convolution, or converts a norm, reads the weight and the
-        # statistics in one function, whatever it does with the result. So does a norm itself.
-        is_folded = name in _READ_TO_FOLD and _caller_names(_READ_TO_FOLD.issubset)
-        if is_folded and sys._getframe(1).f_locals.get("self") is not self:
-            raise RuntimeError(_FOLDING.format(self.plain_class.__name__))
+        if name in _WATCHED and not torch.compiler.is_compiling():  # compiled code has no frames
+            self._check_reader(name, sys._getframe(1))
         return super().__getattr__(name)
+
+    def _check_reader(self, name: str, reader: FrameType) -> None:
+        """Refuse code that reads an attribute in order to fold, convert or adapt this module."""
+        if reader.f_code is self.forward_code:
+            return
+        owner = reader.f_locals.get("self")
+        if owner is self:
+            return
+        # Code that folds a norm into a convolution, or converts a norm, reads the weight and the
+        # statistics in one function, whatever it does with the result.
+        if name in _READ_TO_FOLD and _READ_TO_FOLD.issubset(reader.f_code.co_names):
+            raise RuntimeError(_FOLDING.format(self.plain_class.__name__))
+        if name in _READ_TO_ADAPT and _adapts(owner, self):
+            raise RuntimeError(_ADAPTING.format(self.plain_class.__name__))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         # Assignment of a parameter calls this, too. A convolution before a batch norm usually has
@@ -131,6 +172,16 @@ class _NormHidden(_Changed):
         return super().__getattr__(name)
 
 
+class _FoldedOnce(_Changed):
+    """A block that is folded by its own method `fuse`, at most once."""
+
+    def fuse(self, *args: Any, **kwargs: Any) -> Any:
+        # The code that calls this puts `forward_fuse` in the place of `forward` afterwards.
+        if "forward" not in vars(self):
+            return super().fuse(*args, **kwargs)  # type: ignore[misc]
+        return None
+
+
 def _replaces_forward(names: Iterable[str]) -> bool:
     return not _FUSED_FORWARDS.isdisjoint(names)
 
@@ -149,7 +200,8 @@ def _host_class(plain_class: Any) -> type:
     members = {
         "__doc__": f"{plain_class.__name__}, its output passed through the child `simam`.",
         "forward": _SCRIPTABLE.get(signature, _then_simam(plain_forward)),
-        "_plain_forward": plain_forward,
+        "_plain_forward": _renamed(plain_forward, "_plain_forward"),
+        "forward_code": getattr(plain_forward, "__code__", None),
     }
     # Folding puts one of these methods in the place of `forward`.
     members |= {
@@ -157,7 +209,17 @@ def _host_class(plain_class: Any) -> type:
         for name in _FUSED_FORWARDS
         if hasattr(plain_class, name)
     }
+    if hasattr(plain_class, "get_base_layer"):
+        members["get_base_layer"] = _get_base_layer
     return _subclass(_Host, plain_class, f"SimAM{plain_class.__name__}", _host_class, members)
+
+
+def _renamed(function: Any, name: str) -> Any:
+    """A copy of a method under another name; TorchScript goes by the name of the function."""
+    if not isinstance(function, FunctionType):
+        return function
+    parts = (function.__globals__, name, function.__defaults__, function.__closure__)
+    return update_wrapper(FunctionType(function.__code__, *parts), function, ("__annotations__",))
 
 
 def _then_simam(plain_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,10 +229,31 @@ def _then_simam(plain_forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def _get_base_layer(self: Any) -> Any:
+    """Return the layer inside an adapter; if it is to replace the adapter, with SimAM."""
+    base_layer = self.plain_class.get_base_layer(self)
+    if sys._getframe(1).f_code.co_name in _UNLOADING:
+        layer, self.is_unloaded = self.simam, True
+        undo(self)
+        insert(base_layer, layer)
+    return base_layer
+
+
+def _adapts(module: Any, host: nn.Module) -> bool:
+    """Return whether a module is an adapter of a host, and not one that the host has left."""
+    return is_adapter(module) and module.base_layer is host and not hasattr(module, "is_unloaded")
+
+
 @cache
 def _norm_hidden_class(plain_class: Any) -> type:
     members = {"__doc__": f"{plain_class.__name__}, whose norm is not folded."}
     return _subclass(_NormHidden, plain_class, plain_class.__name__, _norm_hidden_class, members)
+
+
+@cache
+def _folded_once_class(plain_class: Any) -> type:
+    members = {"__doc__": f"{plain_class.__name__}, which is folded at most once."}
+    return _subclass(_FoldedOnce, plain_class, plain_class.__name__, _folded_once_class, members)
 
 
 def _subclass(

@@ -4,9 +4,10 @@ Each is a timm network with SimAM where the paper puts it: after the 3x3 or dept
 every block, before the norm. timm's own `attn_layer=` would put SimAM after the norm.
 
 Each model takes the arguments of the timm model whose name lacks the prefix `simam_`, and
-`e_lambda` (float, by default 0.1, the authors' value for ImageNet). Weights come from a file, by
-`checkpoint_path=` or by `pretrained=True, pretrained_cfg_overlay=dict(file=...)`. The files that
-the authors published for some of these networks load too.
+`e_lambda` (float, by default 0.1, the authors' value for ImageNet) and `place` (str, by default
+"conv"; see `simam.plan`). Weights come from a file, by `checkpoint_path=` or by `pretrained=True,
+pretrained_cfg_overlay=dict(file=...)`. With `place="conv"`, files in the layout of the authors'
+networks load too, such as those that they published.
 
 Examples:
     >>> import timm, torch
@@ -20,21 +21,24 @@ Examples:
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from .attach import attach
-from .checkpoints import E_LAMBDA, is_authors, rename
+from .checkpoints import E_LAMBDA, is_authors, rename, trained_e_lambda, unknown_e_lambda
+from .hosts import is_host
 from .messages import install_hint
 from .module import SimAM
-from .state_dict import unwrap
+from .state_dict import unwrap, without_profile
 
 try:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from timm.models import (
         generate_default_cfgs,
+        load_state_dict,
         model_entrypoint,
         register_model,
         resolve_pretrained_cfg,
@@ -44,7 +48,9 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for an
 
 _Entry: TypeAlias = Callable[..., nn.Module]
 
-_PUBLISHED = {"resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "mobilenetv2_100"}
+# timm filters their weights itself, and then takes no filter of ours. The authors have no such
+# networks, so there is nothing to rename.
+_FILTERED_BY_TIMM = {"convnext_tiny", "regnety_008"}
 
 
 def _cfg(first_conv: str, classifier: str, interpolation: str = "bilinear") -> dict[str, Any]:
@@ -84,6 +90,7 @@ def _create(
     pretrained: bool,
     *,
     e_lambda: float = E_LAMBDA,
+    place: str = "conv",
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -98,12 +105,20 @@ def _create(
             f"without SimAM: simam.attach(timm.create_model({base!r}, pretrained=True), "
             f"e_lambda={e_lambda:g}), which needs fine-tuning"
         )
-    if base in _PUBLISHED:
-        kwargs["pretrained_filter_fn"] = partial(_to_own_names, e_lambdas={e_lambda})
+    if base in _FILTERED_BY_TIMM:
+        cfg = _without_profile_of_thop(cfg) if pretrained else cfg
+    else:
+        kwargs["pretrained_filter_fn"] = partial(
+            _to_own_names, e_lambdas={e_lambda}, is_at_conv=place == "conv"
+        )
     model: nn.Module = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
-    if base in _PUBLISHED:
-        register: Any = model.register_load_state_dict_pre_hook
-        register(_rename_before_loading)
+    used_cfg: Any = model.pretrained_cfg
+    if cfg.file:
+        used_cfg.pop("state_dict", None)  # the content of the file
+    register: Any = model.register_load_state_dict_pre_hook
+    register(_to_own_names_before_loading)
+    if place != "conv":
+        return attach(model, e_lambda=e_lambda, place=place)
     # Selected by name: with features_only=True, timm may have cut the blocks apart, and the
     # analysis of `plan` needs whole blocks.
     names = (".conv2", ".conv2.conv", ".conv_dw")
@@ -112,29 +127,51 @@ def _create(
     return attach(model, e_lambda=e_lambda, where=hosts) if hosts else model
 
 
+def _without_profile_of_thop(cfg: Any) -> Any:
+    """Read the weights of the file that a configuration names, without what thop left."""
+    if cfg.source:  # a folder or a hub
+        return cfg
+    state = cfg.state_dict or (load_state_dict(cfg.file) if cfg.file else None)
+    return replace(cfg, state_dict=without_profile(state, ())) if state else cfg
+
+
 def _to_own_names(
-    content: Mapping[str, Any], model: nn.Module, e_lambdas: set[float]
+    content: Mapping[str, Any], model: nn.Module, e_lambdas: set[float], is_at_conv: bool
 ) -> Mapping[str, Any]:
-    """Rename the tensors of an authors' file to the network's names; keep any other content."""
-    state = unwrap(content)
-    if not is_authors(state):
-        return content
-    others = sorted(e_lambdas - {E_LAMBDA})
-    if others:
+    """Rename the tensors of an authors' file to the network's names, without what thop left."""
+    own = model.state_dict()
+    state = without_profile(unwrap(content), own)
+    if not is_authors(key for key in state if key not in own):
+        return without_profile(content, own)
+    if not is_at_conv:
+        raise ValueError(
+            "the file has SimAM behind convolutions, as the authors' networks do, but this network "
+            'has it elsewhere, so its outputs would differ; create the model with place="conv"'
+        )
+    trained = trained_e_lambda(state)
+    if trained is None and e_lambdas:
+        warnings.warn(unknown_e_lambda("the file", e_lambdas), stacklevel=2)
+    elif trained is not None and e_lambdas - {trained}:
         warnings.warn(
-            f"these weights were trained with e_lambda={E_LAMBDA}, but this network was built with "
-            f"{', '.join(f'{other:g}' for other in others)}; leave e_lambda out for the value of "
-            "the weights",
+            f"these weights were trained with e_lambda={trained}, but this network was built with "
+            f"{', '.join(f'{other:g}' for other in sorted(e_lambdas - {trained}))}; pass "
+            f"e_lambda={trained} for the value of the weights",
             stacklevel=2,
         )
-    return rename(state, model.state_dict())
+    return rename(state, own)
 
 
-def _rename_before_loading(model: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
+def _to_own_names_before_loading(
+    model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
     e_lambdas = {layer.e_lambda for layer in model.modules() if isinstance(layer, SimAM)}
-    renamed = dict(_to_own_names(state, model, e_lambdas))
+    inner = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+    others = {k: t for k, t in state.items() if not k.startswith(prefix)}
+    hosts = [module for module in model.modules() if is_host(module)]
+    is_at_conv = all(isinstance(host, nn.Conv2d) for host in hosts)
+    renamed = _to_own_names(inner, model, e_lambdas, is_at_conv)
     state.clear()
-    state.update(renamed)
+    state.update(others | {f"{prefix}{key}": tensor for key, tensor in renamed.items()})
 
 
 @register_model

@@ -1,51 +1,24 @@
-"""State dicts: safe reading from files, and strict loading that changes nothing if it fails."""
+"""State dicts: comparison, and strict loading that changes nothing if it fails."""
 
 import copy
-import os
-import re
+import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from .messages import first_few, format_shape, install_hint, one_line
+from .messages import first_few, format_shape, one_line
 
-_EXPECTED = 'a state dict (names to tensors), by itself or as "state_dict" or "model" of a dict'
-_FORMATS = "expected one written by torch.save(model.state_dict(), ...) or a .safetensors file"
 _PREFIX = "module."  # what DataParallel puts before every name
 _COUNT = "num_batches_tracked"
+_PROFILE = {"total_ops", "total_params"}  # buffers that thop leaves in every module
 
-
-def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a state dict from a file, without running code from the file.
-
-    Args:
-        path (str or PathLike): a file written by `torch.save`, or a `.safetensors` file. It holds
-            a state dict, or a dict with a state dict as "state_dict" or "model". The prefix
-            `module.` is dropped if every name has it.
-
-    Returns:
-        dict of str to Tensor: on the CPU, with torch's version metadata if the file has it.
-
-    Raises:
-        OSError: the file cannot be opened.
-        ValueError: the file is damaged, could run code, or holds no state dict.
-        ImportError: the file is a `.safetensors` file, and safetensors is not installed.
-    """
-    state = unwrap(_read_content(path))
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected {_EXPECTED}")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(
-                f"{path} holds {key!r} with a {type(value).__name__}, expected {_EXPECTED}"
-            )
-    return state
+# What SimAM writes into its entry of the version metadata, which torch keeps beside a state dict.
+OPTIONS = ("e_lambda", "statistics")
 
 
 def unwrap(content: Any) -> Any:
@@ -57,7 +30,8 @@ def unwrap(content: Any) -> Any:
         return content
     inner = (content[key] for key in ("state_dict", "model") if key in content)
     state = next((value for value in inner if isinstance(value, dict)), content)
-    if state and all(isinstance(key, str) and key.startswith(_PREFIX) for key in state):
+    names = [key for key in state if key not in _PROFILE]  # thop leaves some in DataParallel, too
+    if names and all(isinstance(key, str) and key.startswith(_PREFIX) for key in names):
         state = _with_metadata_of(state, state)
         consume_prefix_in_state_dict_if_present(state, _PREFIX)
     return state
@@ -67,7 +41,7 @@ def compare(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     """Describe how a state dict differs from a network's own, in names and shapes.
 
     The batch counts of norms are not compared: files of torch before 0.4.1 have none, and frozen
-    norms keep none.
+    norms keep none. `without_profile` says what else may be left over.
 
     Args:
         state (dict of str to Tensor): what a file holds.
@@ -77,28 +51,85 @@ def compare(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         str: the first names of each kind of difference; empty if the two fit.
     """
     missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
+    unexpected = [key for key in without_profile(state, own) if key not in own]
     return _describe(missing, unexpected, _misshaped(state, own))
+
+
+def without_profile(state: Mapping[str, Tensor], own: Collection[str]) -> OrderedDict[str, Tensor]:
+    """Copy a state dict without the buffers that thop's `profile` leaves in every module.
+
+    Args:
+        state (dict of str to Tensor): what a file holds.
+        own (collection of str): the names in the network; what it has itself is kept.
+
+    Returns:
+        OrderedDict of str to Tensor: the rest, with the version metadata.
+    """
+    kept = {k: t for k, t in state.items() if k in own or k.rpartition(".")[2] not in _PROFILE}
+    return _with_metadata_of(state, kept)
+
+
+def recorded_layers(
+    state: Mapping[str, Tensor], known: Collection[str] = ()
+) -> dict[str, dict[str, Any]] | None:
+    """Return the SimAM layers that the version metadata of a state dict shows.
+
+    `SimAM` writes its options there. `torch.save` keeps the metadata, safetensors does not.
+
+    Args:
+        state (dict of str to Tensor): the state dict.
+        known (collection of str): paths of modules that are SimAM layers even if the metadata has
+            no options for them.
+
+    Returns:
+        dict of str to dict, or None: options by the path of the layer; without options if the
+            layer is of an older version, or of another library and named simam. None if there is
+            no metadata, or if tensors were renamed since it was written.
+    """
+    metadata = _metadata(state)
+    if metadata is None or not {key.rpartition(".")[0] for key in state} <= metadata.keys():
+        return None
+    return {
+        path: {option: entry[option] for option in OPTIONS if option in entry}
+        for path, entry in metadata.items()
+        if isinstance(entry.get("e_lambda"), float)
+        or path in known
+        or path.rpartition(".")[2].lower() == "simam"
+    }
+
+
+def format_options(options: Mapping[str, Any]) -> str:
+    """Write the options of a SimAM layer as e_lambda=0.1, statistics='shared'."""
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load a state dict that fits a model; refuse any other and leave the model unchanged.
 
     What fits is decided by the model's own modules, which may accept the names of older versions.
-    Batch counts of norms may be missing, and stay as they are, or be left over.
+    Batch counts of norms may be missing, and stay as they are, or be left over. `without_profile`
+    says what else may be left over.
 
     Args:
         model (nn.Module): changed in place. If the state dict is refused, each parameter and
             buffer has the bytes it had before, and each module its mode and attributes.
         state (dict of str to Tensor): what to load; it is not changed.
-        source (str): what the error message calls the file.
+        source (str): what messages call the file.
 
     Raises:
         ValueError: names are missing or unexpected, shapes differ, or a module refuses its part.
+
+    Warns:
+        UserWarning: the version metadata shows SimAM at other places or with other options than
+            the model has.
     """
     own = model.state_dict()
+    state = without_profile(state, own)
     misshaped = _misshaped(state, own)
     fitting = _with_metadata_of(state, {k: t for k, t in state.items() if k not in misshaped})
+    metadata = _metadata(fitting)
+    if metadata is not None:  # `SimAM` would warn of other options, too
+        fitting._metadata = _without_options(metadata)  # type: ignore[attr-defined]
     with _unchanged_on_error(model):
         try:
             missing, unexpected = model.load_state_dict(fitting, strict=False)
@@ -112,31 +143,31 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
                 f"the weights in {source} are not those of this model, which has {len(own)} "
                 f"tensors; {wrong}"
             )
+        differences = _differing_layers(state, own)
+        if differences:
+            warnings.warn(
+                f"the weights in {source} were saved from a network with other SimAM layers, so "
+                f"outputs may differ from those in its training: {differences}",
+                stacklevel=3,
+            )
 
 
-def _read_content(path: str | os.PathLike[str]) -> Any:
-    is_safetensors = os.fspath(path).endswith(".safetensors")
-    if is_safetensors:
-        try:
-            from safetensors.torch import load
-        except ImportError as error:
-            raise ImportError(f"cannot read {path} ({error}): {install_hint('timm')}") from error
-    with open(path, "rb") as file:
-        try:
-            if is_safetensors:
-                return load(file.read())
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # the readers raise anything on a file of another format
-            raise ValueError(f"{path} is refused: {_problem(error)}; {_FORMATS}") from error
-
-
-def _problem(error: Exception) -> str:
-    wanted = re.search(r"GLOBAL (\S+)", str(error))
-    if wanted:
-        return f"it asks for {wanted[1]}. A file that holds more than tensors could run code"
-    if isinstance(error, UnpicklingError):  # its own message is a page about weights_only
-        error = UnpicklingError("a pickle of a form that is not read safely")
-    return f"{one_line(error)}. The file is truncated, damaged, or holds no weights"
+def _differing_layers(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    ours = recorded_layers(own) or {}
+    theirs = recorded_layers(state, known=ours)
+    if theirs is None:
+        return ""
+    changed = [
+        f"{path} ({format_options(theirs[path])} in the file, {format_options(ours[path])} here)"
+        for path in ours
+        if theirs.get(path) and theirs[path] != ours[path]
+    ]
+    differences = {
+        "only in the file": [path for path in theirs if path not in ours],
+        "only in this model": [path for path in ours if path not in theirs],
+        "with other options": changed,
+    }
+    return _list_by_kind(differences)
 
 
 def _misshaped(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:
@@ -159,6 +190,11 @@ def _describe(missing: list[str], unexpected: list[str], misshaped: dict[str, st
         "unexpected": [key for key in unexpected if not _is_count(key)],
         "of another shape": list(misshaped.values()),
     }
+    return _list_by_kind(differences)
+
+
+def _list_by_kind(differences: Mapping[str, list[str]]) -> str:
+    """Count the names of each kind of difference, and list the first."""
     return "; ".join(
         f"{len(names)} {what}: {first_few(names)}" for what, names in differences.items() if names
     )
@@ -168,12 +204,28 @@ def _is_count(key: str) -> bool:
     return key.rpartition(".")[2] == _COUNT
 
 
+def _without_options(metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {
+        path: {name: value for name, value in entry.items() if name not in OPTIONS}
+        for path, entry in metadata.items()
+    }
+
+
 def _with_metadata_of(source: Any, state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
     """Copy a state dict, and give the copy the version metadata that torch attached to another."""
     copied = OrderedDict(state)
-    if hasattr(source, "_metadata"):
-        copied._metadata = copy.copy(source._metadata)  # type: ignore[attr-defined]
+    metadata = _metadata(source)
+    if metadata is not None:
+        copied._metadata = copy.copy(metadata)  # type: ignore[attr-defined]
     return copied
+
+
+def _metadata(state: Any) -> dict[str, dict[str, Any]] | None:
+    """Return the version metadata of a state dict; a file may hold none, or anything."""
+    metadata = getattr(state, "_metadata", None)
+    if isinstance(metadata, dict) and all(isinstance(each, dict) for each in metadata.values()):
+        return metadata
+    return None
 
 
 @contextmanager

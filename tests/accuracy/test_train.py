@@ -343,7 +343,8 @@ def test_train_starts_from_weights(tmp_path: Path, run: Run) -> None:
     run(tmp_path / "first", "--attention", "none")
     weights = str(tmp_path / "first" / "last.pth")
     options = parse(["--model", "tiny", "--weights", weights, "--attention", "simam"])
-    model = training.build(options, 10)
+    with pytest.warns(UserWarning, match="1 only in this model: conv3.simam$"):
+        model = training.build(options, 10)
     expected = load(Path(weights))["state_dict"]
     assert_same(dict(model.state_dict()), dict(expected))
     assert any(isinstance(m, simam.SimAM) for m in model.modules())

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.helpers.by_hand import (
     plain,
     run,
     sampled,
+    sampled_elsewhere,
 )
 
 # The pyramid of the detection model takes a list and is not residual: attach warns about it.
@@ -37,12 +39,27 @@ def modules(model: nn.Module) -> list[tuple[str, type]]:
 
 @pytest.mark.parametrize("name", sampled(HOSTS.keys() - {"torchvision/fasterrcnn_resnet50_fpn"}))
 def test_attach_matches_simam_written_by_hand(name: str) -> None:
+    check_against_simam_written_by_hand(name, "conv")
+
+
+QUICK_ELSEWHERE = {
+    ("torchvision/resnet18", "branch"),
+    ("timm/mobilenetv3_small_100", "norm"),  # a norm with its activation
+}
+
+
+@pytest.mark.parametrize(("name", "place"), sampled_elsewhere(QUICK_ELSEWHERE))
+def test_attach_at_other_places_matches_simam_written_by_hand(name: str, place: str) -> None:
+    check_against_simam_written_by_hand(name, place)
+
+
+def check_against_simam_written_by_hand(name: str, place: str) -> None:
     model = plain(name).double()
-    reference = by_hand(model, name, e_lambda=0.1)
+    reference = by_hand(model, name, 0.1, place)
     x = example(name).double()
     with torch.no_grad():
         without, expected = run(model.eval(), x), run(reference.eval(), x)
-        torch.testing.assert_close(run(attach(model, e_lambda=0.1), x), expected)
+        torch.testing.assert_close(run(attach(model, e_lambda=0.1, place=place), x), expected)
         assert without.shape != expected.shape or distance(without, expected) > 1e-3
 
     outputs, gradients = [], []
@@ -149,3 +166,18 @@ def test_attach_matches_resnet18_of_blocks_written_by_hand() -> None:
         stage[0], stage[1] = BlockByHand(stage[0]), BlockByHand(stage[1])
     with torch.no_grad():
         torch.testing.assert_close(attach(model, e_lambda=0.1)(x), written(x))
+
+
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.sweep)])
+def test_attach_at_the_end_of_the_branch_matches_the_attention_layer_of_timm(name: str) -> None:
+    timm = pytest.importorskip("timm", reason="builds the network")
+    layer = partial(SimAM, e_lambda=0.1)
+    built = timm.create_model(name, num_classes=10, block_args={"attn_layer": layer}).eval()
+    model = plain(f"timm/{name}").eval()
+    built.load_state_dict(model.state_dict())
+    x = example(name)
+    with torch.no_grad():
+        without = model(x)
+        output = attach(model, e_lambda=0.1, place="branch")(x)
+        assert distance(output, without) > 1e-3
+        assert torch.equal(output, built(x))

@@ -26,7 +26,7 @@ def net() -> nn.Module:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"e_lambda": 0}, "e_lambda must be a positive, finite number, got 0.0"),
+        ({"e_lambda": 0.0}, "e_lambda must be a positive, finite number, got 0.0"),
         ({"e_lambda": "0.1"}, "e_lambda must be a number, got '0.1'"),
         ({"statistics": "exact"}, "statistics must be 'shared' or 'leave_one_out', got 'exact'"),
         ({"where": "features.*"}, "where='features.*' matches none of the model's modules"),

@@ -432,7 +432,7 @@ def test_maps_command_refuses_invalid_arguments(
         (["ResNet19"], "unknown model 'ResNet19'; close names: resnet18, "),
         ([SMALL, "--weights", "no.pt"], "cannot read no.pt: No such file"),
         (["squeezenet1_1"], "found no place for SimAM in this SqueezeNet"),
-        ([SMALL, "--where", "x"], "--where 'x' matches none of the model's convolutions"),
+        ([SMALL, "--where", "x"], "--where 'x' matches none of the model's modules"),
         (["mc3_18"], "mc3_18 takes videos; expected a model that takes single images"),
         (["raft_small"], "raft_small takes pairs of images; expected a model that takes single"),
     ],

@@ -66,7 +66,7 @@ def test_report_shows_the_shapes_of_resnet18(capsys: Capture) -> None:
 def test_report_json(capsys: Capture) -> None:
     found = report(capsys, SMALL, "--e-lambda", "0.1", "--statistics", "leave_one_out")
     assert list(found) == [
-        "model", "library", "weights", "input_shape", "takes", "e_lambda", "statistics",
+        "model", "library", "weights", "input_shape", "takes", "e_lambda", "statistics", "place",
         "insertions", "unanalysed", "elements", "parameters", "multiply_adds", "forward_ms",
         "ratio", "ratio_quartiles", "repeats", "threads", "versions",
     ]  # fmt: skip
@@ -178,6 +178,13 @@ def test_build_gives_the_input_size_of_the_model(
 )
 def test_build_finds_the_library_of_a_name(name: str, library: str) -> None:
     assert build(name).library == library
+
+
+def test_report_takes_place(capsys: Capture) -> None:
+    found = report(capsys, SMALL, "--place", "branch")
+    assert found["place"] == "branch"
+    assert {i["host"] for i in found["insertions"]} == {"BatchNorm2d"}
+    assert all(i["reason"].startswith("end of the residual") for i in found["insertions"])
 
 
 def test_report_takes_where_and_exclude(capsys: Capture) -> None:
@@ -315,12 +322,12 @@ HELP = "; see simam report --help"
         (
             ["squeezenet1_1"],
             "found no place for SimAM in this SqueezeNet: no residual block whose branch holds a "
-            "spatial (kernel > 1) convolution and a non-linearity. Choose convolutions with "
+            "spatial (kernel > 1) convolution and a non-linearity. Choose hosts with "
             "--where, for example --where 'features.*'.",
         ),
         (
             [SMALL, "--where", "layr1.*"],
-            r"--where 'layr1.*' matches none of the model's convolutions; close to it: layer1.",
+            r"--where 'layr1.*' matches none of the model's modules; close to it: layer1.",
         ),
         (
             [SMALL, "--exclude", "nosuch"],
@@ -358,6 +365,11 @@ HELP = "; see simam report --help"
         ),
         (["--e-lambda", "nan"], "argument --e-lambda: e_lambda must be a positive, finite number"),
         (["--e-lambda", "x"], f"argument --e-lambda: expected a number, got 'x'{HELP}"),
+        (["--place", "bn"], "argument --place: invalid choice: 'bn' (choose from "),
+        (
+            ["--place", "norm", "--where", "layer1.0.bn2"],
+            "--where names the hosts, so --place 'norm' has no meaning beside it",
+        ),
         (["--statistics", "exact"], "argument --statistics: invalid choice: 'exact' (choose from "),
         (["--nosuch"], "unrecognized arguments: --nosuch; see simam --help"),
         (["a", "b"], "unrecognized arguments: b; see simam --help"),

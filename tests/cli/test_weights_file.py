@@ -1,5 +1,6 @@
 """`--weights FILE`: which files are loaded, and which are refused without running their code."""
 
+import argparse
 import os
 import re
 import sys
@@ -13,6 +14,8 @@ from torch import Tensor
 
 pytest.importorskip("timm", reason="timm builds the network")
 
+import simam
+from simam.cli import main
 from simam.cli.models import build, load_weights
 from simam.messages import UserError
 from tests.helpers.command import SMALL, Capture, report, report_error
@@ -39,8 +42,10 @@ def without_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:
         lambda state: {"model": state, "epoch": 3},
         lambda state: {f"module.{key}": tensor for key, tensor in state.items()},
         without_counts,  # as in files of torch before 0.4.1
+        lambda state: {"state_dict": state, "args": argparse.Namespace(lr=0.1)},
+        lambda state: state | {"total_ops": torch.zeros(1), "bn1.total_params": torch.zeros(1)},
     ],
-    ids=["plain", "state_dict", "model", "DataParallel", "old"],
+    ids=["plain", "state_dict", "model", "DataParallel", "old", "args", "thop"],
 )
 def test_load_weights_accepts_every_form_of_file(
     form: Callable[[dict[str, Tensor]], object], tmp_path: Path, capsys: Capture
@@ -171,3 +176,44 @@ def test_load_weights_names_the_extra_of_missing_safetensors(
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(UserError, match=re.escape('pip install "simam[timm]"')):
         build(SMALL, "weights.safetensors")
+
+
+def saved_with_simam(file: Path, e_lambda: float = 0.1) -> str:
+    torch.save(simam.attach(build(SMALL).model, e_lambda=e_lambda).state_dict(), file)
+    return str(file)
+
+
+def test_load_weights_warns_of_other_layers_that_a_file_records(tmp_path: Path) -> None:
+    file = saved_with_simam(tmp_path / "w.pt")
+    model = simam.attach(build(SMALL).model, e_lambda=0.1)
+    load_weights(model, file)  # a warning would be an error
+    with pytest.warns(
+        UserWarning, match=r"4 only in the file: layer1\.0\.conv2\.simam, "
+    ) as caught:
+        load_weights(simam.detach(model), file)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_report_command_accepts_weights_of_a_network_with_simam(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    # It compares the model without and with SimAM, whatever its weights were trained for.
+    file = saved_with_simam(tmp_path / "w.pt")
+    assert report(capsys, SMALL, "--input-size", "32", "--weights", file)["weights"] == file
+
+
+def test_maps_command_warns_of_another_lambda_than_the_file_records(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    pytest.importorskip("matplotlib", reason="draws the maps")
+    image = pytest.importorskip("PIL.Image", reason="matplotlib brings it")
+    image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    file = saved_with_simam(tmp_path / "w.pt")
+    command = ["maps", SMALL, str(tmp_path / "image.png"), "-o", str(tmp_path / "out.svg")]
+    assert main([*command, "--weights", file]) == 0
+    assert capsys.readouterr().err.startswith(
+        f"simam: warning: the weights in {file} were saved from a network with other SimAM layers, "
+        "so outputs may differ from those in its training: 4 with other options: "
+        "layer1.0.conv2.simam (e_lambda=0.1, "
+    )

@@ -15,9 +15,18 @@ import torch
 from torch import Tensor, nn
 
 import simam
-from simam.checkpoints import load_checkpoint
+from simam.checkpoints import is_authors, load_checkpoint, trained_e_lambda
 from tests.helpers import authors_networks
-from tests.helpers.authors_networks import NETWORKS, filled, publish, publish_detector
+from tests.helpers.authors_networks import (
+    NETWORKS,
+    CifarResNet,
+    fill,
+    filled,
+    profiled,
+    publish,
+    publish_cifar,
+    publish_detector,
+)
 
 timm = pytest.importorskip("timm", reason="builds the networks")
 torchvision = pytest.importorskip("torchvision", reason="builds the networks")
@@ -205,7 +214,7 @@ def test_load_checkpoint_sets_e_lambda_and_warns(resnet18_file: Path) -> None:
     with pytest.warns(UserWarning, match="e_lambda") as caught:
         load_checkpoint(model, resnet18_file)
     assert [str(warning.message) for warning in caught] == [
-        "set e_lambda=0.1 on 7 SimAM layers, because the authors trained these weights with it; "
+        "set e_lambda=0.1 on 7 SimAM layers, because these weights were trained with it; "
         "it was 0.0001"
     ]
     assert caught[0].filename == __file__
@@ -433,3 +442,180 @@ def test_load_checkpoint_does_not_warn_if_e_lambda_matches(resnet18_file: Path) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_checkpoint(attached(e_lambda=0.1), resnet18_file)
+
+
+def cifar_network(e_lambda: float) -> Any:
+    return simam.attach(CifarResNet(None).eval(), e_lambda=e_lambda)
+
+
+def unknown(file: Path, kept: str) -> str:
+    return (
+        f"{file} does not tell the e_lambda that its weights were trained with; this network keeps "
+        f"{kept}. The authors use 1e-4 on CIFAR and 0.1 on ImageNet and COCO"
+    )
+
+
+@pytest.mark.parametrize("e_lambda", [1e-4, 0.1])
+def test_load_checkpoint_gives_authors_outputs_on_cifar(e_lambda: float, tmp_path: Path) -> None:
+    authors = fill(CifarResNet(1e-4))
+    file = publish_cifar(authors, tmp_path / "checkpoint.pth.tar")
+    names = torch.load(file, weights_only=True)["state_dict"]
+    assert "layer1.0.conv2.1.total_ops" in names
+    model = cifar_network(e_lambda)
+    with pytest.warns(UserWarning, match="e_lambda") as caught:
+        load_checkpoint(model, file)
+    assert [str(warning.message) for warning in caught] == [unknown(file, f"{e_lambda:g}")]
+    assert caught[0].filename == __file__
+    assert e_lambdas(model) == {e_lambda}
+    expected = logits(authors)
+    if e_lambda == 1e-4:
+        torch.testing.assert_close(logits(model), expected)
+    else:  # what was claimed of every file of the authors
+        assert not torch.allclose(logits(model), expected, rtol=0.01)
+
+
+@pytest.mark.parametrize("order", ["thop first", "DataParallel first"])
+def test_load_checkpoint_skips_buffers_of_thop(order: str, tmp_path: Path) -> None:
+    # The authors' script runs thop before DataParallel. Otherwise DataParallel has buffers, too.
+    authors = filled("mobilenet_v2")
+    expected, own = logits(authors), len(authors.state_dict())
+    wrapped = nn.DataParallel(profiled(authors))
+    state = (wrapped if order == "thop first" else profiled(wrapped)).state_dict()
+    assert len(state) > own + 80
+    assert ("total_ops" in state) == (order != "thop first")
+    model = attached("mobilenet_v2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_checkpoint(model, saved({"state_dict": state}, tmp_path / "thop.pth"))
+    torch.testing.assert_close(logits(model), expected)
+
+
+def meta(network: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return network().state_dict()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_trained_e_lambda_of_published_classifiers(name: str) -> None:
+    state = meta(NETWORKS[name])
+    assert trained_e_lambda(state) == 0.1
+    head = "classifier.0.weight" if name == "mobilenet_v2" else "fc.weight"
+    assert trained_e_lambda(state | {head: state[head][:100]}) is None
+    stem = "features.0.0.weight" if name == "mobilenet_v2" else "conv1.weight"
+    assert trained_e_lambda(state | {stem: state[stem][..., :2, :2]}) is None
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: authors_networks.ResNet(authors_networks.Bottleneck, (2, 2, 2, 2)),  # ResNet-26
+        lambda: authors_networks.ResNet(authors_networks.Bottleneck, (3, 8, 36, 3)),  # ResNet-152
+        lambda: authors_networks.ResNet(authors_networks.Bottleneck, (3, 4, 6, 3), width=128),
+        lambda: CifarResNet(1e-4, depth=3),
+        lambda: torchvision.models.video.r3d_18(),
+        lambda: torchvision.models.resnet18(),  # the names of a network without SimAM
+    ],
+)
+def test_trained_e_lambda_of_other_networks_is_unknown(network: Callable[[], nn.Module]) -> None:
+    assert trained_e_lambda(meta(network)) is None
+
+
+def test_trained_e_lambda_of_detectors() -> None:
+    state = meta(NETWORKS["resnet50"])
+    backbone = {f"backbone.{k}": t for k, t in state.items() if not k.startswith("fc.")}
+    assert trained_e_lambda(backbone) is None
+    assert trained_e_lambda(backbone | {"head.fc.weight": state["fc.weight"][:10]}) is None
+    assert trained_e_lambda(backbone | {"rpn_head.rpn_conv.weight": torch.ones(1)}) == 0.1
+
+
+def video_network() -> nn.Module:
+    """A network whose own names are like the authors': a norm stands in the same Sequential."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1 = nn.Sequential(nn.Conv3d(2, 2, 1), nn.BatchNorm3d(2))
+            self.conv2 = nn.Sequential(nn.Conv3d(2, 2, 1), nn.BatchNorm3d(2))
+
+    model = nn.Sequential()
+    model.layer1 = nn.Sequential(Block())
+    return simam.attach(model, where="layer1.0.conv2.0", e_lambda=1e-4)
+
+
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_load_checkpoint_keeps_e_lambda_of_names_like_the_authors(
+    with_metadata: bool, tmp_path: Path
+) -> None:
+    for builder in ("r3d_18", "mc3_18", "r2plus1d_18"):
+        assert is_authors(meta(getattr(torchvision.models.video, builder)))
+    model = video_network()
+    assert is_authors(model.state_dict())
+    # thop adds more names of this kind, which the network does not have.
+    state = model.state_dict() | {"layer1.0.conv2.0.total_ops": torch.zeros(1)}
+    file = saved(state if with_metadata else dict(state), tmp_path / "own.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = load_checkpoint(video_network(), file)
+    assert e_lambdas(again) == {1e-4}
+
+
+def test_load_checkpoint_uses_the_e_lambda_that_a_file_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A network with the authors' structure and this library's layer.
+    monkeypatch.setattr(authors_networks, "Attention", simam.SimAM)
+    trained = fill(CifarResNet(0.05))
+    file = publish_cifar(trained, tmp_path / "checkpoint.pth.tar")
+    model = cifar_network(1e-4)
+    with pytest.warns(UserWarning, match=r"^set e_lambda=0\.05 on 3 SimAM layers") as caught:
+        load_checkpoint(model, file)
+    assert len(caught) == 1
+    torch.testing.assert_close(logits(model), logits(trained))
+
+
+def differing(file: Path, differences: str) -> str:
+    return (
+        f"the weights in {file} were saved from a network with other SimAM layers, so outputs may "
+        f"differ from those in its training: {differences}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("save", "differences"),
+    [
+        (
+            lambda: CifarResNet(None),
+            "3 only in this model: layer1.0.conv2.simam, layer2.0.conv2.simam, "
+            "layer3.0.conv2.simam",
+        ),
+        (
+            lambda: simam.attach(CifarResNet(None), where=["layer*.conv2", "conv1"], e_lambda=0.3),
+            "1 only in the file: conv1.simam; 3 with other options: layer1.0.conv2.simam "
+            "(e_lambda=0.3, statistics='shared' in the file, e_lambda=0.0001, statistics='shared' "
+            "here), layer2.0.conv2.simam",
+        ),
+    ],
+    ids=["plain", "others"],
+)
+def test_load_checkpoint_warns_once_if_a_file_records_other_layers(
+    save: Callable[[], nn.Module], differences: str, tmp_path: Path
+) -> None:
+    trained = nn.DataParallel(save())
+    file = saved({"state_dict": trained.state_dict()}, tmp_path / "own.pth")
+    model = cifar_network(1e-4)
+    with pytest.warns(UserWarning, match="other SimAM layers") as caught:
+        load_checkpoint(model, file)
+    assert len(caught) == 1
+    assert str(caught[0].message).startswith(differing(file, differences))
+    assert caught[0].filename == __file__
+    assert e_lambdas(model) == {1e-4}
+    assert torch.equal(model.conv1.weight, trained.module.conv1.weight)
+
+
+def test_load_checkpoint_does_not_know_the_layers_of_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="timm brings it")
+    file = tmp_path / "own.safetensors"
+    safetensors.save_file(CifarResNet(None).state_dict(), file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_checkpoint(cifar_network(1e-4), file)

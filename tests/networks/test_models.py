@@ -148,10 +148,42 @@ def test_create_model_outputs_match_simam_by_hand(name: str) -> None:
     assert not torch.allclose(actual, plain, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("place", "host"), [("norm", "blocks.6.0.bn2"), ("branch", "blocks.6.0.bn3")]
+)
+@pytest.mark.parametrize("features_only", [False, True])
+def test_create_model_place(place: str, host: str, features_only: bool) -> None:
+    options = {"place": place, "features_only": features_only}
+    layers = simam.attached(timm.create_model("simam_mobilenetv2_100", **options))
+    assert len(layers) == 17
+    assert [*layers][-1] == host
+
+
+def test_create_model_refuses_a_place_without_host() -> None:
+    with pytest.raises(ValueError, match="with a host for place='branch'"):
+        timm.create_model("simam_convnext_tiny", place="branch")
+    with pytest.raises(ValueError, match=r"^place must be one of"):
+        timm.create_model("simam_resnet18", place="end")
+
+
+@pytest.mark.parametrize("route", ["checkpoint_path", "pretrained"])
+def test_create_model_at_another_place_refuses_authors_weights(
+    route: str, authors_file: Path
+) -> None:
+    options: dict[str, object] = {"checkpoint_path": str(authors_file)}
+    if route == "pretrained":
+        overlay = {"file": str(authors_file)}
+        options = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    with pytest.raises(ValueError, match="but this network has it elsewhere"):
+        timm.create_model("simam_resnet18", place="branch", **options)
+
+
 def test_create_model_e_lambda() -> None:
     assert e_lambdas(timm.create_model("simam_resnet18", e_lambda=1e-4)) == {1e-4}
     with pytest.raises(ValueError, match=r"e_lambda must be .*0"):
-        timm.create_model("simam_resnet18", e_lambda=0)
+        timm.create_model("simam_resnet18", e_lambda=0.0)
+    with pytest.raises(TypeError, match=r"got the integer 1, .* write e_lambda=1\.0$"):
+        timm.create_model("simam_resnet18", e_lambda=1)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -296,11 +328,99 @@ def test_create_model_loads_authors_weights_for_other_channels_and_classes(
 def test_create_model_keeps_other_e_lambda_and_warns(route: str, authors_file: Path) -> None:
     message = (
         "these weights were trained with e_lambda=0.1, but this network was built with 0.0001; "
-        "leave e_lambda out for the value of the weights"
+        "pass e_lambda=0.1 for the value of the weights"
     )
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
         model = ROUTES[route](authors_file, e_lambda=1e-4)
     assert e_lambdas(model) == {1e-4}
+
+
+def file_of_zeros(name: str, file: Path, *, layout: str = "own") -> Path:
+    """A small file with zeros for every tensor of a network, and the buffers that thop leaves."""
+    state = {k: torch.zeros((), dtype=t.dtype).expand(t.shape) for k, t in own_state(name).items()}
+    profile = {"total_ops": torch.zeros(1), "any.module.total_params": torch.zeros(1)}
+    if layout == "authors":
+        state = {re.sub(r"(conv2)\.(?=weight)", r"\1.0.", key): t for key, t in state.items()}
+        profile["layer1.0.conv2.1.total_ops"] = torch.zeros(1)
+    torch.save({"state_dict": state | profile, "epoch": 3}, file)
+    return file
+
+
+def own_state(name: str) -> dict[str, Tensor]:
+    return without_values(name).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "route"),
+    [
+        ("regnety_008", "checkpoint_path"),
+        ("regnety_008", "pretrained"),  # timm has a filter of its own, as for ConvNeXt
+        ("efficientnet_b0", "pretrained"),
+    ],
+)
+def test_create_model_skips_buffers_of_thop(name: str, route: str, tmp_path: Path) -> None:
+    file = file_of_zeros(f"simam_{name}", tmp_path / "own.pth")
+    arguments = {"checkpoint_path": str(file)} if route == "checkpoint_path" else file_of(file)
+    model = timm.create_model(f"simam_{name}", **arguments)
+    assert not any(tensor.any() for tensor in model.state_dict().values())
+    assert "state_dict" not in model.pretrained_cfg
+
+
+@pytest.mark.parametrize("name", ["resnet50d", "resnet152"])
+@pytest.mark.parametrize("route", ["load_state_dict", "pretrained"])
+def test_create_model_translates_authors_layout_of_every_name(
+    name: str, route: str, tmp_path: Path
+) -> None:
+    name = f"simam_{name}"
+    file = file_of_zeros(name, tmp_path / "authors.pth", layout="authors")
+    state = torch.load(file, weights_only=True)["state_dict"]
+    assert "layer1.0.conv2.0.weight" in state
+    message = (
+        "the file does not tell the e_lambda that its weights were trained with; this network "
+        "keeps 0.1. The authors use 1e-4 on CIFAR and 0.1 on ImageNet and COCO"
+    )
+    with torch.device("meta"):
+        if route == "pretrained":
+            overlay = {"state_dict": {key: tensor.to("meta") for key, tensor in state.items()}}
+            with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+                model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        else:
+            model = timm.create_model(name)
+            with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+                model.load_state_dict(state, assign=True)
+            assert not model.layer1[0].conv2.weight.any()
+    assert e_lambdas(model) == {0.1}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_create_model_loads_authors_weights_with_buffers_of_thop(
+    route: str, authors_file: Path, authors_logits: Tensor, tmp_path: Path
+) -> None:
+    content = torch.load(authors_file, weights_only=True)
+    for module in ("", "layer1.0.conv2.", "layer1.0.conv2.1."):
+        content["state_dict"][f"module.{module}total_ops"] = torch.zeros(1)
+    torch.save(content, tmp_path / "thop.pth")
+    torch.testing.assert_close(output(ROUTES[route](tmp_path / "thop.pth")), authors_logits)
+
+
+def test_load_state_dict_of_DataParallel_takes_own_and_authors_weights(
+    authors_file: Path, authors_logits: Tensor
+) -> None:
+    model = shuffled(timm.create_model("simam_resnet18"))
+    parallel = nn.DataParallel(timm.create_model("simam_resnet18"))
+    parallel.load_state_dict(nn.DataParallel(model).state_dict())
+    assert torch.equal(output(parallel.module), output(model))
+    parallel.load_state_dict(torch.load(authors_file, weights_only=True)["state_dict"])
+    torch.testing.assert_close(output(parallel.module), authors_logits)
+
+
+def test_load_state_dict_keeps_its_strictness(authors_file: Path) -> None:
+    model = timm.create_model("simam_resnet18")
+    state = model.state_dict()
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"total_ops_2"'):
+        model.load_state_dict(state | {"total_ops_2": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match=r"Missing key.*conv1\.weight"):
+        model.load_state_dict({f"module.{key}": tensor for key, tensor in state.items()})
 
 
 def through_a_file(model: nn.Module) -> nn.Module:

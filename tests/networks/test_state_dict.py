@@ -1,4 +1,4 @@
-"""State dicts: reading, comparing, and refusals that leave the model unchanged bit for bit."""
+"""State dicts: comparing, and refusals that leave the model unchanged bit for bit."""
 
 import warnings
 from collections import OrderedDict
@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import simam
 from simam.cli.models import load_weights
 from simam.messages import UserError
-from simam.state_dict import compare, load_strictly, read, unwrap
+from simam.state_dict import compare, load_strictly, unwrap, without_profile
+from simam.weights_file import read
 
 State = dict[str, Tensor]
 
@@ -399,3 +401,152 @@ def test_state_dict_unwrap_keeps_a_prefix_that_some_names_lack() -> None:
 def test_state_dict_compare_is_empty_if_all_fits() -> None:
     own = network().state_dict()
     assert compare(zeros_for(network()), own) == ""
+
+
+PROFILE = {"total_ops": torch.zeros(1), "norm.total_params": torch.zeros(1)}
+
+
+def test_load_strictly_skips_buffers_of_thop() -> None:
+    model = network()
+    state = zeros_for(model) | PROFILE
+    assert compare(state, model.state_dict()) == ""
+    load_strictly(model, state, "a file")
+    assert not model.last.weight.any()
+    assert set(PROFILE) <= set(state)
+
+
+def test_load_strictly_loads_buffers_of_thop_that_the_model_has() -> None:
+    model = network()
+    model.norm.register_buffer("total_params", torch.zeros(1))
+    state = zeros_for(model) | {"norm.total_params": torch.ones(1)}
+    load_strictly(model, state, "a file")
+    assert model.norm.total_params == 1
+    del state["norm.total_params"]
+    assert refusal(model, state) == "which has 12 tensors; 1 missing: norm.total_params"
+
+
+def test_load_strictly_refuses_names_that_are_almost_those_of_thop() -> None:
+    model = network()
+    for name in ("total_ops.weight", "norm.my_total_ops", "Total_ops"):
+        message = f"1 unexpected: {name}"
+        assert message in refusal(model, zeros_for(model) | {name: torch.zeros(1)})
+
+
+def test_state_dict_without_profile_keeps_version_metadata() -> None:
+    state = network().state_dict()
+    state["total_ops"] = torch.zeros(1)
+    kept = without_profile(state, own=())
+    assert "total_ops" in state
+    assert list(kept) == list(network().state_dict())
+    assert kept._metadata["norm"]["version"] == 2  # type: ignore[attr-defined]
+
+
+def test_state_dict_unwrap_drops_prefix_beside_buffers_of_thop() -> None:
+    state = {"total_ops": torch.zeros(1), "module.weight": torch.ones(1)}
+    assert list(unwrap(state)) == ["total_ops", "weight"]
+    profile = {"total_ops": torch.zeros(1)}
+    assert unwrap(profile) is profile
+
+
+@pytest.mark.parametrize("metadata", [None, [1], {"norm": 3}, {1: {}}])
+def test_state_dict_metadata_of_another_form_is_ignored(metadata: object, tmp_path: Path) -> None:
+    model = network()
+    state = zeros_for(model)
+    state._metadata = metadata  # type: ignore[attr-defined]
+    torch.save(state, tmp_path / "file.pth")
+    load_strictly(model, read(tmp_path / "file.pth"), "a file")
+    assert not model.last.weight.any()
+
+
+def attached(*paths: str, e_lambda: float = 1e-4, **options: str) -> nn.Sequential:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
+    return simam.attach(model, where=paths, e_lambda=e_lambda, **options) if paths else model
+
+
+OTHER_LAYERS = (
+    "the weights in a file were saved from a network with other SimAM layers, so outputs may "
+    "differ from those in its training: "
+)
+
+
+@pytest.mark.parametrize(
+    ("saved", "model", "differences"),
+    [
+        (attached("0"), attached(), "1 only in the file: 0.simam"),
+        (attached(), attached("0", "1"), "2 only in this model: 0.simam, 1.simam"),
+        (
+            attached("0", "1"),
+            attached("1", "2"),
+            "1 only in the file: 0.simam; 1 only in this model: 2.simam",
+        ),
+        (
+            attached("0", "1", e_lambda=0.1),
+            attached("0", "1", e_lambda=0.1, statistics="leave_one_out"),
+            "2 with other options: 0.simam (e_lambda=0.1, statistics='shared' in the file, "
+            "e_lambda=0.1, statistics='leave_one_out' here), 1.simam (e_lambda=0.1, "
+            "statistics='shared' in the file, e_lambda=0.1, statistics='leave_one_out' here)",
+        ),
+    ],
+    ids=["only in the file", "only in the model", "moved", "options"],
+)
+def test_load_strictly_warns_once_of_other_layers(
+    saved: nn.Module, model: nn.Module, differences: str
+) -> None:
+    state = saved.state_dict()
+    with pytest.warns(UserWarning, match="SimAM") as caught:
+        load_strictly(model, state, "a file")
+    assert [str(warning.message) for warning in caught] == [OTHER_LAYERS + differences]
+    assert torch.equal(model[0].weight, saved[0].weight)
+    assert state._metadata == saved.state_dict()._metadata  # type: ignore[attr-defined]
+
+
+def renamed_back(state: Any) -> Any:
+    """As FSDP does: the names of the tensors lose a wrapper's, and the metadata does not."""
+    wrapped = OrderedDict(state)
+    metadata = {f"_fsdp_wrapped_module.{path}": each for path, each in state._metadata.items()}
+    wrapped._metadata = metadata  # type: ignore[attr-defined]
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [dict, lambda state: OrderedDict(dict(state)), renamed_back],
+    ids=["dict", "OrderedDict", "wrapped"],
+)
+def test_load_strictly_is_silent_without_metadata_of_the_tensors(
+    edit: Callable[[Any], State],
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_strictly(attached("0"), edit(attached("1").state_dict()), "a file")
+
+
+def test_load_strictly_is_silent_about_the_same_layers() -> None:
+    state = attached("0", "1", e_lambda=0.1).state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_strictly(attached("0", "1", e_lambda=0.1), state, "a file")
+        # As an older version of this library saved it.
+        for path in ("0.simam", "1.simam"):
+            state._metadata[path] = {"version": 1}  # type: ignore[attr-defined]
+        load_strictly(attached("0", "1", e_lambda=0.1), state, "a file")
+    with pytest.warns(UserWarning, match=r"1 only in the file: 1\.simam$"):
+        load_strictly(attached("0", e_lambda=0.1), state, "a file")
+
+
+def test_load_strictly_knows_the_layers_of_an_older_version_by_the_model() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), simam.SimAM())
+    state = model.state_dict()
+    state._metadata["1"] = {"version": 1}  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_strictly(model, state, "a file")
+
+
+def test_load_strictly_restores_model_if_warnings_are_errors() -> None:
+    # As they are in these tests.
+    model = attached("0")
+    before = everything(model)
+    with pytest.raises(UserWarning, match="SimAM"):
+        load_strictly(model, attached().state_dict(), "a file")
+    assert everything(model) == before

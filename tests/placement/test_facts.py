@@ -136,7 +136,7 @@ def test_attach_refuses_networks_without_residual_branches(name: str) -> None:
     message = (
         f"found no place for SimAM in this {type(model).__name__}: no residual block whose branch "
         "holds a spatial (kernel > 1) convolution and a non-linearity. "
-        "Choose convolutions with where=, for example where='features.*'."
+        "Choose hosts with where=, for example where='features.*'."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         attach(model)  # raises the error of plan

@@ -16,6 +16,9 @@ from .cifar import NETWORKS, Block, PreActBlock
 
 _MakeLayer: TypeAlias = Callable[[int], nn.Module]  # from the number of channels
 
+# Where in the residual branch SimAM goes.
+_PLACES = {"simam": "conv", "simam-post-norm": "norm", "simam-branch": "branch"}
+
 # The norm after which timm puts attention, by the blocks of timm and torchvision.
 _NORM = {
     "BasicBlock": "bn2",
@@ -41,8 +44,9 @@ def build(
         name (str): one of `cifar.NETWORKS`, or a name of torchvision or timm as in
             `simam.cli.models.build`.
         num_classes (int): outputs of the classifier.
-        attention (str): one of `options.ATTENTION`. "simam" goes where the paper puts it, the
-            others where timm puts attention, after the norm.
+        attention (str): one of `options.ATTENTION`. "simam" goes where the paper puts it,
+            "simam-post-norm" behind the norm that follows, "simam-branch" to the end of the
+            branch. The others go where timm puts attention, behind a norm.
         e_lambda (float): lambda of SimAM.
         seed (int): of the random weights.
 
@@ -67,13 +71,13 @@ def add_attention(
     model: nn.Module, attention: str, e_lambda: float, name: str = "the model"
 ) -> None:
     """Insert an attention layer into every block of a network, in place."""
-    if attention == "simam":
+    if attention in _PLACES:
         try:
-            simam.attach(model, e_lambda=e_lambda)
+            simam.attach(model, e_lambda=e_lambda, place=_PLACES[attention])
         except ValueError as error:
-            raise UserError(f"--attention simam: {name}: {error}") from error
+            raise UserError(f"--attention {attention}: {name}: {error}") from error
     elif attention != "none":
-        make_layer = _layer(attention, e_lambda)
+        make_layer = partial(create_attn, attention)
         inserters = list(_inserters(model))
         if not inserters:
             raise UserError(
@@ -83,12 +87,6 @@ def add_attention(
             )
         for insert in inserters:
             insert(make_layer)
-
-
-def _layer(attention: str, e_lambda: float) -> _MakeLayer:
-    if attention == "simam-post-norm":
-        return partial(simam.SimAM, e_lambda=e_lambda)
-    return partial(create_attn, attention)
 
 
 def _inserters(model: nn.Module) -> Iterator[Callable[[_MakeLayer], None]]:

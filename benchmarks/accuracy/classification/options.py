@@ -11,7 +11,7 @@ from .recipes import RECIPES
 
 PROG = "python -m benchmarks.accuracy.train"
 DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder")
-ATTENTION = ("none", "simam", "simam-post-norm", "se", "eca", "cbam", "gc")
+ATTENTION = ("none", "simam", "simam-post-norm", "simam-branch", "se", "eca", "cbam", "gc")
 
 # Options that default to the recipe's field of the same name.
 RECIPE_FIELDS = ("model", "e_lambda", "batch_size", "lr", "weight_decay", "momentum", "input_size")

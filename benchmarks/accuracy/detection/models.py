@@ -13,7 +13,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 import simam
 from simam.checkpoints import E_LAMBDA, is_authors
 from simam.messages import UserError
-from simam.state_dict import compare, load_strictly, read
+from simam.state_dict import compare, load_strictly
+from simam.weights_file import read
 
 from .recipes import Recipe
 

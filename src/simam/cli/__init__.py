@@ -9,6 +9,7 @@ from typing import NoReturn
 from .. import __version__
 from ..messages import UserError
 from ..module import SimAM
+from ..placement import PLACES
 from .commands import run_maps, run_report
 
 _MODEL = (
@@ -81,12 +82,19 @@ def _simam_options() -> _Parser:
         "(default: shared)",
     )
     add(
+        "--place",
+        choices=PLACES,
+        default="conv",
+        help="where in the residual branch: conv, after its last spatial convolution, as the "
+        "authors; norm, after the norm behind it; branch, just before the add (default: conv)",
+    )
+    add(
         "--where",
         nargs="+",
         action="extend",
         metavar="GLOB",
-        help="insert SimAM after the convolutions whose paths match, instead of after those that "
-        "the analysis of the model selects",
+        help="insert SimAM after the modules whose paths match, instead of those that the analysis "
+        "of the model selects; a glob that matches convolutions selects these alone",
     )
     add(
         "--exclude",

@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 from ..attach import attach
 from .figure import check_output, draw, save
 from .maps import collect, read_image
-from .models import build, user_errors
+from .models import build, load_weights, user_errors
 from .progress import progress_bar
 from .report import measure
 from .report_text import report_text
@@ -24,6 +26,7 @@ def run_report(options: argparse.Namespace) -> None:
             subject.shape(options.batch, options.input_size),
             e_lambda=options.e_lambda,
             statistics=options.statistics,
+            place=options.place,
             where=options.where,
             exclude=options.exclude,
             repeats=options.repeats,
@@ -38,15 +41,20 @@ def run_maps(options: argparse.Namespace) -> None:
     images = [read_image(path) for path in options.images]
     with progress_bar() as progress:
         progress(f"building {options.model}", 0, 1)
-        subject = build(options.model, options.weights)
+        subject = build(options.model)
         with user_errors():
             attach(
                 subject.model,
                 e_lambda=options.e_lambda,
                 statistics=options.statistics,
+                place=options.place,
                 where=options.where,
                 exclude=options.exclude,
             )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if options.weights:  # after attach, to compare the SimAM layers that the file records
+                load_weights(subject.model, options.weights)
         inputs, layers = collect(
             subject,
             images,
@@ -57,7 +65,12 @@ def run_maps(options: argparse.Namespace) -> None:
         progress("drawing", 0, 1)
         weights = f"weights: {Path(options.weights).name if options.weights else 'random'}"
         statistics = f", statistics={options.statistics!r}" * (options.statistics != "shared")
-        title = f"{subject.name}, {weights}, SimAM(e_lambda={options.e_lambda:g}{statistics})"
+        place = f", place={options.place!r}" * (options.place != "conv")
+        title = (
+            f"{subject.name}, {weights}, SimAM(e_lambda={options.e_lambda:g}{statistics}){place}"
+        )
         names = [Path(path).name for path in options.images]
         save(draw(names, inputs, layers, title), options.output)
+    for warning in caught:
+        print(f"simam: warning: {warning.message}", file=sys.stderr)
     print(f"{options.output}: {', '.join(layer.path for layer in layers)} of {title}")

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ..messages import UserError, install_hint, one_line
-from ..state_dict import load_strictly, read
+from ..state_dict import load_strictly
+from ..weights_file import read
 
 _FRAMES = 16  # of a video clip; the minimum that every torchvision video model accepts
 
@@ -30,7 +31,9 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise UserError(re.sub(r"\b(where|exclude)=(,?) ?", r"--\1\2 ", str(error))) from error
+        raise UserError(
+            re.sub(r"\b(place|where|exclude)=(,?) ?", r"--\1\2 ", str(error))
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,9 @@ def load_weights(model: nn.Module, path: str) -> None:
 
     Raises:
         UserError: the file cannot be read, holds something else, or does not fit the model.
+
+    Warns:
+        UserWarning: the file records other SimAM layers than the model has.
     """
     try:
         state = read(path)

@@ -1,6 +1,7 @@
 """Measure a model without and with SimAM: insertions, parameters, multiply-adds and time."""
 
 import copy
+import glob
 import math
 import time
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ class Report:
         input_shape (list of int): `(N, C, *spatial)`.
         takes (str): how the model takes inputs of this shape: "batch", one tensor; "list", a list
             of images; "pair", two tensors.
-        e_lambda (float), statistics (str): the options of SimAM.
+        e_lambda (float), statistics (str), place (str): the options of `simam.attach`.
         insertions (list of MeasuredInsertion): where SimAM goes, in the model's order.
         unanalysed (list of dict): blocks that may be residual but could not be analysed and
             therefore get no SimAM: "block" and "reason".
@@ -84,6 +85,7 @@ class Report:
     takes: str
     e_lambda: float
     statistics: str
+    place: str
     insertions: list[MeasuredInsertion]
     unanalysed: list[dict[str, str]]
     elements: int
@@ -103,6 +105,7 @@ def measure(
     *,
     e_lambda: float = 1e-4,
     statistics: str = "shared",
+    place: str = "conv",
     where: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     repeats: int | None = None,
@@ -115,6 +118,7 @@ def measure(
         shape (sequence of int): shape of the input, as from `subject.shape`.
         e_lambda (float): see `simam.attach`.
         statistics (str): see `simam.attach`.
+        place (str): see `simam.plan`.
         where (sequence of str, optional): globs, see `simam.plan`.
         exclude (sequence of str, optional): globs, see `simam.plan`.
         repeats (int, optional): pairs of passes to time; by default as many as fit into 8
@@ -127,13 +131,13 @@ def measure(
     plain, inputs = subject.model, subject.inputs(shape)
     progress("planning", 0, 1)
     with user_errors():
-        planned = plan(plain, where=where, exclude=exclude)
+        planned = plan(plain, place=place, where=where, exclude=exclude)
         shapes: dict[str, list[torch.Size]] = {insertion.path: [] for insertion in planned}
         attached = attach(
             copy.deepcopy(plain),
             e_lambda=e_lambda,
             statistics=statistics,
-            where=lambda path, _: path in shapes,
+            where=[glob.escape(path) for path in shapes],
         )
 
     with torch.no_grad():
@@ -165,6 +169,7 @@ def measure(
         takes=subject.takes,
         e_lambda=e_lambda,
         statistics=statistics,
+        place=place,
         insertions=insertions,
         unanalysed=[{"block": u.block, "reason": u.reason} for u in planned.unanalysed],
         elements=sum(insertion.elements for insertion in insertions),

@@ -20,10 +20,11 @@ def report_text(report: Report) -> str:
 def _header(report: Report) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     takes = {"batch": "", "list": " as a list of images", "pair": ", a pair of this shape"}
+    place = f", place={report.place!r}" * (report.place != "conv")
     return "\n".join(
         [
             f"{report.model} of {report.library}, weights: {report.weights or 'random'}",
-            f"SimAM(e_lambda={report.e_lambda:g}, statistics={report.statistics!r}); "
+            f"SimAM(e_lambda={report.e_lambda:g}, statistics={report.statistics!r}){place}; "
             f"input {format_shape(report.input_shape)}{takes[report.takes]}",
             f"{versions}; {report.threads} thread{'s' if report.threads > 1 else ''}",
         ]

@@ -10,18 +10,22 @@ from torch.jit import ScriptModule
 
 from ..hosts import is_host
 from ..messages import first_few, table
-from .dataflow import is_convolution
+from .convolutions import is_convolution, parts_of_adapters, plain_class
+from .existing import ExistingSimAM, existing_beside
+from .own_forward import behind_convolution
 from .place import PLACES
 from .rule import Insertion, Unanalysed, describe_host, find_insertions
 
 __all__ = [
     "PLACES",
+    "ExistingSimAM",
     "Insertion",
     "Plan",
     "Selector",
     "Unanalysed",
     "check_module",
     "find_insertions",
+    "list_existing",
     "list_unanalysed",
     "match_globs",
     "plan",
@@ -35,15 +39,21 @@ class Plan(list[Insertion]):
     """What `attach` would do: insertions in the model's order; `print` shows them as a table.
 
     Attributes:
-        unanalysed (tuple[Unanalysed, ...]): blocks that may be residual but could not be traced.
-            They get no SimAM.
+        unanalysed (tuple[Unanalysed, ...]): blocks that may be residual, but could not be traced or
+            have no host. They get no SimAM.
+        existing (tuple[ExistingSimAM, ...]): SimAM that `attach` did not insert. A block that has
+            one gets no second, unless `where=` selects the host.
     """
 
     def __init__(
-        self, insertions: Iterable[Insertion], unanalysed: Iterable[Unanalysed] = ()
+        self,
+        insertions: Iterable[Insertion],
+        unanalysed: Iterable[Unanalysed] = (),
+        existing: Iterable[ExistingSimAM] = (),
     ) -> None:
         super().__init__(insertions)
         self.unanalysed = tuple(unanalysed)
+        self.existing = tuple(existing)
 
     def __str__(self) -> str:
         rows = [("path", "host", "block", "reason")]
@@ -52,6 +62,10 @@ class Plan(list[Insertion]):
         if self.unanalysed:
             lines += ["", "Not analysed, so without SimAM:"]
             lines += [f"  {u.block or '(model)'}  {u.reason}" for u in self.unanalysed]
+        if self.existing:
+            selected = {i.path for i in self}.issuperset(e.block for e in self.existing)
+            lines += ["", f"With SimAM already{', so without a second' * (not selected)}:"]
+            lines += [f"  {e.block or '(model)'}  {e}" for e in self.existing]
         return "\n".join(lines)
 
 
@@ -78,16 +92,16 @@ def plan(
             match; or a predicate `(path, module) -> bool`. What selects convolutions selects these
             alone; only what selects no convolution selects other modules.
         exclude (str, iterable of str, or callable, optional): hosts to leave out, in the same form;
-            also the path of a block that could not be analysed.
+            also the path of a block that could not be analysed, or that has SimAM already.
 
     Returns:
         Plan: a list of `Insertion(path, block, host, reason)`, never empty.
 
     Raises:
         TypeError: model is not a module, or where or exclude is of another type.
-        ValueError: the model has no residual block with a spatial convolution, or none with a host
-            at this place; the place is unknown, or given beside where; or a selection matches
-            nothing.
+        ValueError: the model has no residual block with a spatial convolution, none with a host
+            at this place, or SimAM in every such block already; the place is unknown, or given
+            beside where; or a selection matches nothing.
 
     Source:
         Yang et al., ICML 2021, section 4, and the published networks.
@@ -114,14 +128,16 @@ def plan(
     else:
         planned = Plan(*find_insertions(model, place))
     if not planned:
-        raise ValueError(_nothing_found(model, place, planned.unanalysed))
+        raise ValueError(_nothing_found(model, place, planned))
     if exclude is not None:
         paths = [i.path for i in planned] + [u.block for u in planned.unanalysed]
+        paths += [e.block for e in planned.existing]
         left_out = select(
             exclude, {p: model.get_submodule(p) for p in paths}, "exclude", "the planned insertions"
         )
         unanalysed = [u for u in planned.unanalysed if u.block not in left_out]
-        planned = Plan((i for i in planned if i.path not in left_out), unanalysed)
+        existing = [e for e in planned.existing if e.block not in left_out]
+        planned = Plan((i for i in planned if i.path not in left_out), unanalysed, existing)
         if not planned:
             raise ValueError(f"exclude={exclude!r} leaves out every insertion; nothing to attach")
     return planned
@@ -136,6 +152,11 @@ def check_module(model: object) -> None:
 def list_unanalysed(unanalysed: Sequence[Unanalysed]) -> str:
     """Name the first blocks that could not be analysed, each with the reason."""
     return first_few([f"{u.block or 'the model itself'} ({u.reason})" for u in unanalysed])
+
+
+def list_existing(existing: Sequence[ExistingSimAM]) -> str:
+    """Name the first blocks or hosts that have SimAM already, each with how it was recognised."""
+    return first_few([f"{e.block or 'the model itself'} ({e})" for e in existing])
 
 
 def match_globs(
@@ -153,15 +174,29 @@ def match_globs(
 
 def _selected(model: nn.Module, where: Selector) -> Plan:
     """The insertions that where= names."""
-    layers = {module.simam for module in model.modules() if is_host(module)}
-    modules = {path: m for path, m in model.named_modules() if m not in layers}
+    inner = {module.simam for module in model.modules() if is_host(module)}
+    inner |= parts_of_adapters(model)
+    modules = {path: m for path, m in model.named_modules() if m not in inner}
     convolutions = {path: m for path, m in modules.items() if is_convolution(m)}
     chosen = select(where, modules, "where", "the model's modules", convolutions)
-    return Plan(
-        Insertion(path, path.rpartition(".")[0], describe_host(module), "selected by where=")
-        for path, module in modules.items()
-        if path in chosen
-    )
+    insertions = []
+    for path, module in modules.items():
+        if path in chosen:
+            reason = "selected by where=" + _behind(module)
+            block = path.rpartition(".")[0]
+            insertions.append(Insertion(path, block, describe_host(module), reason))
+    existing = [each for insertion in insertions for each in existing_beside(model, insertion.path)]
+    return Plan(insertions, existing=existing)
+
+
+def _behind(host: nn.Module) -> str:
+    """What comes between the convolution of a host and SimAM, for the reason of an insertion."""
+    if not is_convolution(host):
+        return ""
+    behind, kind = behind_convolution(host), plain_class(host).__name__
+    if behind.error:
+        return f"; behind the whole {kind}"
+    return f"; behind {', '.join(behind.names)} of this {kind}" if behind.names else ""
 
 
 def select(
@@ -207,11 +242,20 @@ def _unmatched(asked: str, glob: str, modules: Iterable[str], of_what: str) -> V
     return ValueError(f"{asked} matches none of {of_what}{hint}")
 
 
-def _nothing_found(model: nn.Module, place: str, unanalysed: Sequence[Unanalysed]) -> str:
-    behind = "" if place == "conv" else f", with a host for place={place!r}"
-    message = (
-        f"found no place for SimAM in this {type(model).__name__}: no residual block whose branch "
-        f"holds a spatial (kernel > 1) convolution and a non-linearity{behind}. "
-        "Choose hosts with where=, for example where='features.*'."
-    )
+def _nothing_found(model: nn.Module, place: str, planned: Plan) -> str:
+    kind = type(model).__name__
+    if planned.existing:
+        message = (
+            f"this {kind} has SimAM already, and no place is left: "
+            f"{list_existing(planned.existing)}. To attach SimAM instead, replace these layers by "
+            "nn.Identity() first. To insert a second one all the same, choose hosts with where=."
+        )
+    else:
+        behind = "" if place == "conv" else f", with a host for place={place!r}"
+        message = (
+            f"found no place for SimAM in this {kind}: no residual block whose branch holds a "
+            f"spatial (kernel > 1) convolution and a non-linearity{behind}. "
+            "Choose hosts with where=, for example where='features.*'."
+        )
+    unanalysed = planned.unanalysed
     return f"{message} Could not analyse {list_unanalysed(unanalysed)}." if unanalysed else message

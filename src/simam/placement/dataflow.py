@@ -8,50 +8,26 @@
 """
 
 import operator
-from collections.abc import Iterable
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
+from .convolutions import (
+    holds_spatial_convolution,
+    is_convolution,
+    is_spatial,
+    parts_of_adapters,
+    plain_class,
+)
+from .graph import Graph, operation
+from .own_forward import behind_convolution
 from .tracing import Trace
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_MULTIPLY = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-_SIZES = {"size", "dim", "numel", "shape", "ndim", "dtype", "device"}
-# Operations that may lie between the sigmoid of a gate and the product. Each takes the tensor
-# first.
-_RESHAPE = {
-    "contiguous", "expand", "expand_as", "getitem", "interpolate", "permute", "reshape", "rsub",
-    "sub", "to", "transpose", "type_as", "unsqueeze", "view", "view_as",
-}  # fmt: skip
 # Substrings of the names of functions and modules, in lower case.
-_GATES = ("sigmoid", "softmax")
-_NONLINEAR = (
-    *_GATES, "clamp", "elu", "glu", "mish", "shrink", "silu", "softplus", "softsign", "swish",
-    "tanh", "threshold",
-)  # fmt: skip
 _ATTENTION = ("matmul", "bmm", "einsum", "attention")
-
-
-def is_convolution(module: nn.Module) -> bool:
-    """Whether the module is a convolution of torch, or has the attributes of one."""
-    return isinstance(module, nn.modules.conv._ConvNd) or all(
-        hasattr(module, name) for name in ("weight", "in_channels", "kernel_size", "groups")
-    )
-
-
-def holds_spatial_convolution(module: nn.Module) -> bool:
-    """Whether the module is or holds a convolution with a kernel > 1 that is not transposed."""
-    return any(map(_is_spatial, module.modules()))
-
-
-def _is_spatial(module: nn.Module) -> bool:
-    if not is_convolution(module) or getattr(module, "transposed", False):
-        return False
-    size: Any = module.kernel_size
-    return any(s > 1 for s in (size if isinstance(size, Iterable) else (size,)))
 
 
 class Branch(NamedTuple):
@@ -60,79 +36,82 @@ class Branch(NamedTuple):
     Attributes:
         last (list[fx.Node]): the last spatial convolutions.
         end (fx.Node): the operand of the add; in a block without an add, the value returned.
+        nodes (set[fx.Node]): all values of the branch.
     """
 
     last: list[fx.Node]
     end: fx.Node
+    nodes: set[fx.Node]
 
 
-class BlockGraph:
-    """The values of a block and their ancestors, along one path through its control flow."""
+class BlockGraph(Graph):
+    """The values of a block, and its residual branches."""
 
     def __init__(self, block: nn.Module, trace: Trace) -> None:
+        super().__init__(block, trace)
         self.block = block
-        self.kind: Any = type(block)
-        self.modules = dict(block.named_modules())
+        self.kind = plain_class(block)
         self._holders = {n for n, m in self.modules.items() if holds_spatial_convolution(m)}
-        self._opaque = trace.opaque
-        self.trace = trace
-        # Only nodes that depend on the values of the input: no parameters, no sizes.
-        self._ancestors: dict[fx.Node, set[fx.Node]] = {}
-        self._sums: dict[fx.Node, list[fx.Node]] = {}
-        self._own_sums: list[fx.Node] = []
-        for node in trace.graph.nodes:
-            operands = self.operands(node)
-            if (not operands and node.op != "placeholder") or _is_size(node):
-                continue
-            self._ancestors[node] = {node}.union(*(self._ancestors[o] for o in operands))
-            if _operation(node) in _ADD and len(operands) > 1:
-                self._sums[node] = operands
-                if self._is_own(trace.owner[node]):
-                    self._own_sums.append(node)
+        self._sums = {
+            node: self.operands(node)
+            for node in self.ancestors
+            if operation(node) in _ADD and len(self.operands(node)) > 1
+        }
 
     def residual_branches(self) -> list[Branch]:
         """The branch of each residual add of the block itself."""
         found = []
-        for node in self._own_sums:
-            operands = self._sums[node]
-            common = set.intersection(*(self._ancestors[operand] for operand in operands))
-            if not any(map(_may_be_tensor, common)) or self._is_of_a_cell(node):
+        for node, operands in self._sums.items():
+            common = set.intersection(*(self.ancestors[operand] for operand in operands))
+            is_own = self._holders.isdisjoint(self.trace.callers[node])
+            if not (is_own and any(map(_may_be_tensor, common))) or self._is_of_a_cell(node):
                 continue
             sides = {operand: self._reach(operand, common) for operand in operands}
             branches = [end for end, side in sides.items() if self._is_branch(side, common)]
             shortcuts = [side for end, side in sides.items() if end not in branches]
             if len(branches) == 1 and not any(map(self.gates, chain(*shortcuts))):
-                last = self._last(sides[branches[0]])
+                side = sides[branches[0]]
+                last = self._last(side)
                 if not self._are_summed(last):
-                    found.append(Branch(last, branches[0]))
+                    found.append(Branch(last, branches[0], side))
         return found
 
     def whole(self) -> Branch | None:
         """The block from input to output as a branch; None without a non-linearity."""
-        output = next(reversed(self._ancestors))
-        nodes = self._reach(output, set())
-        if not any(map(self._is_nonlinear, nodes)):
+        nodes = self._reach(self.output, set())
+        if not self._has_nonlinearity(nodes):
             return None
-        returned = self.operands(output)
-        return Branch(self._last(nodes), returned[0] if len(returned) == 1 else output)
+        returned = self.operands(self.output)
+        end = returned[0] if len(returned) == 1 else self.output
+        return Branch(self._last(nodes), end, nodes)
 
     def is_deep(self) -> bool:
         """Whether the block holds more than one convolution."""
-        return sum(map(is_convolution, self.modules.values())) > 1
+        parts = parts_of_adapters(self.block)
+        return sum(is_convolution(m) and m not in parts for m in self.modules.values()) > 1
 
-    def operands(self, node: fx.Node) -> list[fx.Node]:
-        """The inputs of a node that depend on the block's input."""
-        return [i for i in node.all_input_nodes if i in self._ancestors]
+    def touches(self, branch: Branch, path: str) -> bool:
+        """Whether a module of the block acts in a branch, behind it, or on the block's input.
 
-    def users(self, node: fx.Node) -> list[fx.Node]:
-        """The operations on the value of a node."""
-        return [user for user in node.users if user in self._ancestors]
+        With another spatial convolution in between, it belongs to another part of the block. A
+        module that no operation comes from may act in a way that the trace does not show.
+        """
+        nodes = [node for node in self.ancestors if self._is_of(node, path)]
+        behind = list(branch.last)
+        for node in behind:
+            behind += [u for u in self.users(node) if not self._is_spatial(u) and u not in behind]
+        return not nodes or any(
+            node in branch.nodes
+            or node in behind
+            or not any(map(self._is_spatial, self.ancestors[node]))
+            for node in nodes
+        )
 
-    def _is_own(self, owner: str) -> bool:
-        """Whether `owner` is the block itself or a submodule that holds no spatial convolution."""
-        while owner and owner not in self._holders:
-            owner = owner.rpartition(".")[0]
-        return not owner
+    def _is_of(self, node: fx.Node, path: str) -> bool:
+        """Whether a module runs an operation, or is part of an untraceable one."""
+        callers = self.trace.callers[node]
+        is_part = node in self.trace.opaque and f"{path}.".startswith(f"{callers[-1]}.")
+        return path in callers or is_part
 
     def _reach(self, start: fx.Node, stop: set[fx.Node]) -> set[fx.Node]:
         """The ancestors of `start` back to `stop`, not through gates or attention products."""
@@ -154,31 +133,31 @@ class BlockGraph:
         Another input may join after it, as the time embedding of a diffusion model does, but not
         before it, as the hidden state of a recurrent cell does.
         """
-        inputs = {node for node in self._ancestors if node.op == "placeholder"} - common
-        return any(map(self._is_nonlinear, side)) and any(
-            self._is_spatial(node) and not inputs & self._ancestors[node] for node in side
+        inputs = {node for node in self.ancestors if node.op == "placeholder"} - common
+        return self._has_nonlinearity(side) and any(
+            self._is_spatial(node) and not inputs & self.ancestors[node] for node in side
         )
 
     def _last(self, nodes: set[fx.Node]) -> list[fx.Node]:
-        spatial = [node for node in self._ancestors if node in nodes and self._is_spatial(node)]
+        spatial = [node for node in self.ancestors if node in nodes and self._is_spatial(node)]
         return [
             node
             for node in spatial
-            if not any(node in self._ancestors[other] for other in spatial if other is not node)
+            if not any(node in self.ancestors[other] for other in spatial if other is not node)
         ]
 
     def _is_of_a_cell(self, node: fx.Node) -> bool:
         """Whether the sum is concatenated with parallel sums, as in a NASNet cell."""
-        joined = [user for user in node.users if _operation(user) in (torch.cat, torch.concat)]
+        joined = [user for user in node.users if operation(user) in (torch.cat, torch.concat)]
         return any(
-            other not in self._ancestors[node] and node not in self._ancestors[other]
+            other not in self.ancestors[node] and node not in self.ancestors[other]
             for other in chain(*map(self.operands, joined))
             if other in self._sums
         )
 
     def _are_summed(self, convolutions: list[fx.Node]) -> bool:
         """Whether a sum joins the convolutions before any non-linearity: they can be folded."""
-        nonlinear = set(filter(self._is_nonlinear, self._ancestors))
+        nonlinear = set(filter(self.is_nonlinear, self.ancestors))
         for summands in self._sums.values():
             sides = [self._reach(summand, nonlinear) for summand in summands]
             joined = [side.intersection(convolutions) for side in sides]
@@ -186,56 +165,23 @@ class BlockGraph:
                 return True
         return False
 
-    def _is_spatial(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and _is_spatial(self.modules[str(node.target)])
+    def _has_nonlinearity(self, nodes: set[fx.Node]) -> bool:
+        """Whether an operation is not linear, on its own or inside a convolution."""
+        modules = (m for m in map(self.called, nodes) if m is not None and is_convolution(m))
+        return any(map(self.is_nonlinear, nodes)) or any(map(_has_own_nonlinearity, modules))
 
-    def _is_nonlinear(self, node: fx.Node) -> bool:
-        name = self.name(node)
-        unknown = node in self._opaque and "drop" not in name
-        return unknown or any(part in name for part in _NONLINEAR) or bool(self.gates(node))
+    def _is_spatial(self, node: fx.Node) -> bool:
+        module = self.called(node)
+        return module is not None and is_spatial(module)
 
     def _is_attention(self, node: fx.Node) -> bool:
         name = self.name(node)
         between_inputs = len(self.operands(node)) > 1
         return "softmax" in name or (between_inputs and any(part in name for part in _ATTENTION))
 
-    def gates(self, node: fx.Node) -> list[fx.Node]:
-        """The operands of a product that are gates of the other operand."""
-        if _operation(node) not in _MULTIPLY:
-            return []
-        operands = self.operands(node)
-        return [
-            operand
-            for operand in operands
-            if self._is_gate(operand)
-            or any(other in self._ancestors[operand] for other in operands if other is not operand)
-        ]
 
-    def _is_gate(self, node: fx.Node) -> bool:
-        """Whether the node is a sigmoid or softmax, reshaped or subtracted from a constant."""
-        while not any(part in self.name(node) for part in _GATES):
-            operands = self.operands(node)
-            if self.name(node) not in _RESHAPE or not operands:
-                return False
-            node = operands[0]
-        return True
-
-    def name(self, node: fx.Node) -> str:
-        """The name of the operation: its module's class, its function or its method."""
-        if node.op == "call_module":
-            return type(self.modules[str(node.target)]).__name__.lower()
-        if node.op == "call_function":
-            return str(getattr(node.target, "__name__", node.target)).lower()
-        return str(node.target) if node.op == "call_method" else ""
-
-
-def _operation(node: fx.Node) -> Any:
-    return node.target if node.op in ("call_function", "call_method") else None
-
-
-def _is_size(node: fx.Node) -> bool:
-    name = node.args[1] if node.target is getattr else node.target
-    return name in _SIZES and node.op in ("call_function", "call_method")
+def _has_own_nonlinearity(convolution: nn.Module) -> bool:
+    return any("norm" not in name.lower() for name in behind_convolution(convolution).names)
 
 
 def _may_be_tensor(node: fx.Node) -> bool:

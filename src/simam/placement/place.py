@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from .dataflow import BlockGraph, Branch, is_convolution
+from .convolutions import is_convolution, plain_class
+from .dataflow import BlockGraph, Branch
+from .own_forward import behind_convolution
 
 PLACES = ("conv", "norm", "branch")
 
@@ -51,11 +53,24 @@ def find_hosts(graph: BlockGraph, branch: Branch, place: str, shared: set[nn.Mod
     if place == "branch":
         return [Host(_end_of_branch(graph, branch.end, shared), "end")]
     if place == "norm":
-        norms = dict.fromkeys(_norm_behind(graph, convolution) for convolution in branch.last)
-        return [_host_of_norm(graph, norm, shared) for norm in norms]
+        return list(dict.fromkeys(_host_of_norm(graph, node, shared) for node in branch.last))
+    for convolution in branch.last:
+        _check_nothing_behind(graph, convolution)
     parallel = f" (1 of {len(branch.last)} in parallel)" if len(branch.last) > 1 else ""
     what = f"last spatial convolution{parallel}"
     return [Host(str(convolution.target), what) for convolution in branch.last]
+
+
+def _check_nothing_behind(graph: BlockGraph, convolution: fx.Node) -> None:
+    """Refuse a convolution that computes a norm or an activation, too: SimAM would follow these."""
+    module = graph.modules[str(convolution.target)]
+    behind = str(behind_convolution(module))
+    if behind:
+        kind = plain_class(module).__name__
+        raise NoHostError(
+            f"the forward of {convolution.target} ({kind}) {behind}; name {convolution.target} in "
+            "where= to put SimAM behind all of it"
+        )
 
 
 def _end_of_branch(graph: BlockGraph, end: fx.Node, shared: set[nn.Module]) -> str:
@@ -75,14 +90,13 @@ def _norm_behind(graph: BlockGraph, convolution: fx.Node) -> str:
     value = convolution
     while True:
         users = graph.users(value)
+        for path in graph.trace.callers[users[0]] if users else ():
+            runs_all = all(path in graph.trace.callers[user] for user in users)
+            if runs_all and _is_norm(graph.modules[path]):
+                return path
         if len(users) != 1:
             raise NoHostError(f"{convolution.target} is followed by {len(users)} operations")
         name = graph.name(users[0])
-        path = graph.trace.owner[users[0]]
-        while path:
-            if _is_norm(graph.modules[path]):
-                return path
-            path = path.rpartition(".")[0]
         if "norm" in name:
             raise NoHostError(f"{convolution.target} is followed by a functional norm, no module")
         if name not in ("cat", "concat") and not _is_any_of(_TRANSPARENT, name):
@@ -92,11 +106,20 @@ def _norm_behind(graph: BlockGraph, convolution: fx.Node) -> str:
 
 def _is_norm(module: nn.Module) -> bool:
     holds_convolution = any(map(is_convolution, module.modules()))
-    return "norm" in type(module).__name__.lower() and not holds_convolution
+    return "norm" in plain_class(module).__name__.lower() and not holds_convolution
 
 
-def _host_of_norm(graph: BlockGraph, path: str, shared: set[nn.Module]) -> Host:
-    (value,) = graph.trace.outputs[path]
+def _host_of_norm(graph: BlockGraph, convolution: fx.Node, shared: set[nn.Module]) -> Host:
+    module = graph.modules[str(convolution.target)]
+    inside = behind_convolution(module).names
+    if any("norm" in name.lower() for name in inside):
+        has_more = len(inside) > 1
+        what = f"norm{' with its activation' * has_more} inside the last spatial convolution"
+        return Host(str(convolution.target), what)
+    path = _norm_behind(graph, convolution)
+    value, *others = graph.trace.outputs[path]
+    if others:
+        raise NoHostError(f"the norm {path} runs more than once")
     act = getattr(graph.modules[path], "act", None)
     with_act = act is not None and not isinstance(act, nn.Identity)
     what = f"norm{' with its activation' * with_act} behind the last spatial convolution"
@@ -112,25 +135,29 @@ def _host_of(graph: BlockGraph, equal: list[Any], shared: set[nn.Module]) -> str
         shared (set of nn.Module): modules that stand at several paths of the model.
     """
     value = equal[-1]
-    owner = graph.trace.owner[value]
-    found = [
-        path
-        for path, returned in graph.trace.outputs.items()
-        if path and not {*returned}.isdisjoint(equal) and f"{owner}.".startswith(f"{path}.")
-    ]
-    for path in sorted(found, key=len):
+    outputs = graph.trace.outputs
+    found = [p for p in graph.trace.callers[value] if not {*outputs[p]}.isdisjoint(equal)]
+    for path in found:
         module = graph.modules[path]
-        runs_once = len(graph.trace.outputs[path]) == 1 and module not in shared
+        runs_once = len(outputs[path]) == 1 and module not in shared
         if runs_once and not isinstance(module, nn.Sequential):
             return path
     name = graph.name(value)
     if found:
         raise NoHostError(f"it ends in a {name} that the model uses more than once")
-    parameters = [str(node.target) for node in value.all_input_nodes if node.op == "get_attr"]
+    parameters = _parameters_of(graph, value)
     with_what = f" with {parameters[0]}" if parameters else ""
     raise NoHostError(
         f"it ends in the function {name}{with_what}, and no module returns that value"
     )
+
+
+def _parameters_of(graph: BlockGraph, value: fx.Node) -> list[str]:
+    """The parameters and buffers that an operation takes, as they are or reshaped."""
+    constants = [value]
+    for node in constants:
+        constants += [i for i in node.all_input_nodes if i not in graph.operands(node)]
+    return [str(node.target) for node in constants if node.op == "get_attr"]
 
 
 def _check_single_use(graph: BlockGraph, end: fx.Node, value: fx.Node) -> None:
@@ -147,7 +174,8 @@ def _check_layout(graph: BlockGraph, end: fx.Node) -> None:
     for node in ahead:
         if node.op == "call_module" and is_convolution(graph.modules[str(node.target)]):
             continue
-        if _is_any_of(_REORDERING, graph.name(node)):
+        is_in_a_norm = any(_is_norm(graph.modules[path]) for path in graph.trace.callers[node])
+        if not is_in_a_norm and _is_any_of(_REORDERING, graph.name(node)):
             raise NoHostError(f"{graph.name(node)} reorders dimensions at the end of the branch")
         gates = graph.gates(node)
         ahead += [i for i in graph.operands(node) if i not in gates and i not in ahead]

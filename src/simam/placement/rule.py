@@ -7,19 +7,24 @@ alone: a block that cannot be traced costs only itself, and is reported. See REA
 folder for a worked example.
 """
 
-import ast
-import inspect
-import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 from torch import nn
 
+from ..hosts import is_adapter
 from ..messages import one_line
-from .dataflow import BlockGraph, Branch, holds_spatial_convolution, is_convolution
+from ..module import SimAM
+from .candidates import may_be_residual
+from .convolutions import (
+    holds_spatial_convolution,
+    is_convolution,
+    kernel_size,
+    plain_class,
+    within_adapters,
+)
+from .dataflow import BlockGraph, Branch
+from .existing import ExistingSimAM, existing_in_branch, find_layers, join
 from .place import NoHostError, find_hosts
 from .tracing import traces
 
@@ -54,72 +59,106 @@ class Unanalysed:
     reason: str
 
 
-def find_insertions(model: nn.Module, place: str) -> tuple[list[Insertion], list[Unanalysed]]:
-    """Apply the rule to every block of the model, without running or changing the model."""
-    graphs: dict[str, BlockGraph] = {}
-    unanalysed: list[Unanalysed] = []
-    for path, block in model.named_modules():
-        if _may_be_residual(block):
-            try:
-                graphs[path] = _analyse(block)
-            except Exception as error:  # the block's own code, run on symbols, may raise anything
-                summary = one_line(error, 100)
-                unanalysed.append(Unanalysed(path, f"{type(block).__name__}, {summary}"))
+def find_insertions(
+    model: nn.Module, place: str
+) -> tuple[list[Insertion], list[Unanalysed], list[ExistingSimAM]]:
+    """Apply the rule to every block of the model, without running or changing the model.
 
+    Returns:
+        tuple: the insertions in the model's order; the blocks that may be residual but get no
+            SimAM; and the SimAM that is there already, in blocks that get no second one.
+    """
+    graphs, unanalysed = _analyse_blocks(model)
+    blocks = _residual_blocks(graphs)
+    layers = find_layers(model)
     insertions: dict[str, Insertion] = {}
+    without_host: list[Unanalysed] = []
+    existing: list[ExistingSimAM] = []
     # named_modules() lists a module that stands at several paths once, at the first of them.
     paths = {module: path for path, module in model.named_modules()}
     occurrences = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     shared = {module for module, count in occurrences.items() if count > 1}
 
-    def add(block: str, branch: Branch, of_what: str) -> None:
-        try:
-            hosts = find_hosts(graphs[block], branch, place, shared)
-        except NoHostError as error:
-            kind = graphs[block].kind.__name__
-            unanalysed.append(Unanalysed(block, f"{kind}, no host for place={place!r}: {error}"))
-            return
-        for path, what in hosts:
-            host = model.get_submodule(f"{block}.{path}" if block else path)
-            reason = f"{what} of {of_what}"
-            insertions[paths[host]] = Insertion(paths[host], block, describe_host(host), reason)
-
-    branches = {path: graph.residual_branches() for path, graph in graphs.items()}
-    residual_kinds = {graphs[path].kind for path, found in branches.items() if found}
-    for path, graph in graphs.items():
-        name = graph.kind.__name__
-        for branch in branches[path]:
-            add(path, branch, f"the residual branch of {name}")
-        if not branches[path] and (graph.kind in residual_kinds or _is_skipless(graph)):
-            whole = graph.whole()
-            if whole and whole.last:
-                add(path, whole, f"{name}, whose skip is off here")
+    for path, (of_what, branches) in blocks.items():
+        graph = graphs[path]
+        for branch in branches:
+            present = existing_in_branch(branch, path, graph, layers, blocks.keys())
+            if present:
+                existing += present
+                continue
+            try:
+                hosts = find_hosts(graph, branch, place, shared)
+            except NoHostError as error:
+                kind = graph.kind.__name__
+                reason = f"{kind}, no host for place={place!r}: {error}"
+                without_host.append(Unanalysed(path, reason))
+                continue
+            for relative, what in hosts:
+                host = model.get_submodule(join(path, relative))
+                reason = f"{what} of {of_what}"
+                insertions[paths[host]] = Insertion(paths[host], path, describe_host(host), reason)
 
     # A container that cannot be traced costs nothing if its residual blocks were analysed.
     containers = {path[:i] for path in insertions for i, c in enumerate(path) if c == "."}
     unanalysed = [
         u for u in unanalysed if u.block not in containers and (u.block or not insertions)
     ]
-    return [insertions[path] for path in paths.values() if path in insertions], unanalysed
+    # A block with a host at the end of one branch needs none in a branch within that branch.
+    with_host = {insertion.block for insertion in insertions.values()}
+    unanalysed += [u for u in without_host if u.block not in with_host]
+    found = [insertions[path] for path in paths.values() if path in insertions]
+    return found, unanalysed, list(dict.fromkeys(existing))
+
+
+def _analyse_blocks(model: nn.Module) -> tuple[dict[str, BlockGraph], list[Unanalysed]]:
+    graphs: dict[str, BlockGraph] = {}
+    unanalysed: list[Unanalysed] = []
+    for path, block in model.named_modules():
+        if may_be_residual(block):
+            try:
+                graphs[path] = _analyse(block)
+            except Exception as error:  # the block's own code, run on symbols, may raise anything
+                kind = plain_class(block).__name__
+                unanalysed.append(Unanalysed(path, f"{kind}, {one_line(error, 100)}"))
+    return graphs, unanalysed
+
+
+def _residual_blocks(graphs: dict[str, BlockGraph]) -> dict[str, tuple[str, list[Branch]]]:
+    """The blocks that count as residual, each with the words for its branches."""
+    branches = {path: graph.residual_branches() for path, graph in graphs.items()}
+    residual_kinds = {graphs[path].kind for path, found in branches.items() if found}
+    blocks = {}
+    for path, graph in graphs.items():
+        name = graph.kind.__name__
+        if branches[path]:
+            blocks[path] = (f"the residual branch of {name}", branches[path])
+        elif graph.kind in residual_kinds or _is_skipless(graph):
+            whole = graph.whole()
+            if whole and whole.last:
+                blocks[path] = (f"{name}, whose skip is off here", [whole])
+    return blocks
 
 
 def describe_host(host: nn.Module) -> str:
     """The kind of a host, such as "Conv2d 3x3"; with SimAM attached it is the same."""
-    kind = getattr(host, "plain_class", type(host))  # the class before attach
-    size: Any = getattr(host, "kernel_size", ())
-    kernel = "x".join(map(str, size if isinstance(size, Iterable) else (size,)))
-    return f"{kind.__name__} {kernel}".rstrip()
+    kind = plain_class(within_adapters(host)).__name__
+    kernel = "x".join(map(str, kernel_size(host)))
+    return f"{kind} {kernel}".rstrip() + " with its adapter" * is_adapter(host)
 
 
 def _analyse(block: nn.Module) -> BlockGraph:
     """The graph of the first control-flow path that is residual, or else of the first path."""
-    all_traces = traces(block, is_convolution, lambda module: not holds_spatial_convolution(module))
+    all_traces = traces(block, _is_leaf, lambda module: not holds_spatial_convolution(module))
     graphs = []
     for trace in all_traces:
         graphs.append(BlockGraph(block, trace))
         if graphs[-1].residual_branches():
             return graphs[-1]
     return graphs[0]
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return is_convolution(module) or isinstance(module, SimAM)
 
 
 def _is_skipless(graph: BlockGraph) -> bool:
@@ -129,37 +168,3 @@ def _is_skipless(graph: BlockGraph) -> bool:
     single convolution with a norm (timm's ConvBnAct) belongs to the family only where it adds.
     """
     return getattr(graph.block, "has_skip", None) is False and graph.is_deep()
-
-
-def _may_be_residual(block: nn.Module) -> bool:
-    kind: Any = type(block)  # Any, since mypy takes no class of modules for hashable
-    has_own_code = not kind.__module__.startswith("torch.") and not is_convolution(block)
-    return has_own_code and _adds(kind) and holds_spatial_convolution(block)
-
-
-@cache
-def _adds(kind: type) -> bool:
-    """Whether a method of the class other than its constructor contains an addition."""
-    return any(
-        _contains_addition(_syntax(method))
-        for base in kind.__mro__
-        if not base.__module__.startswith(("torch.", "builtins"))
-        for name, method in vars(base).items()
-        if inspect.isfunction(method) and name != "__init__"
-    )
-
-
-def _syntax(method: Callable[..., Any]) -> ast.AST:
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(method)))
-    except (OSError, SyntaxError):  # without source, assume that it adds
-        return ast.parse("a + b")
-
-
-def _contains_addition(tree: ast.AST) -> bool:
-    return any(
-        (isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Add))
-        or (isinstance(node, ast.Name) and node.id == "sum")
-        or (isinstance(node, ast.Attribute) and node.attr in ("add", "add_"))
-        for node in ast.walk(tree)
-    )

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
+from .. import hosts
+
 _ATTEMPTS = 8
 
 
@@ -20,14 +22,15 @@ class Trace(NamedTuple):
 
     Attributes:
         graph (fx.Graph): the operations, in order.
-        owner (dict[fx.Node, str]): the path of the module whose forward ran the operation.
+        callers (dict[fx.Node, tuple[str, ...]]): the paths of the modules within the block whose
+            forward ran the operation, from the outermost to the innermost.
         opaque (set[fx.Node]): calls of modules that could not be traced.
         outputs (dict[str, list]): the node that each call of a module returned, by the path of the
             module; None for what is no tensor.
     """
 
     graph: fx.Graph
-    owner: dict[fx.Node, str]
+    callers: dict[fx.Node, tuple[str, ...]]
     opaque: set[fx.Node]
     outputs: dict[str, list[fx.Node | None]]
 
@@ -63,7 +66,7 @@ def traces(
         except Exception as error:  # the block's code may raise anything
             errors.append(error)
         else:
-            yield Trace(graph, tracer.owner, tracer.opaque, tracer.outputs)
+            yield Trace(graph, tracer.callers, tracer.opaque, tracer.outputs)
         for asked in range(len(answers), tracer.asked):
             pending.append([*answers, *[False] * (asked - len(answers)), True])
     if len(errors) == attempts:
@@ -71,13 +74,15 @@ def traces(
 
 
 def _skeleton(block: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, without hooks, its tensors on the meta device: safe to run."""
+    """A copy without values, hooks and attached SimAM, in evaluation mode: safe to run."""
     tensors = chain(block.parameters(), block.buffers())
     clone = copy.deepcopy(block, {id(t): t if is_lazy(t) else _without_values(t) for t in tensors})
     clone.eval()
-    for module in clone.modules():
+    for module in list(clone.modules()):
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
+        if hosts.is_changed(module) and not hosts.class_was_changed_since(module):
+            hosts.undo(module)
     return clone
 
 
@@ -99,7 +104,8 @@ class _Tracer(fx.Tracer):
         self.asked = 0
         self.is_leaf = is_leaf
         self.is_optional = is_optional
-        self.owner: dict[fx.Node, str] = {}
+        self.callers: dict[fx.Node, tuple[str, ...]] = {}
+        self.stack: tuple[str, ...] = ()
         self.opaque: set[fx.Node] = set()
         self.outputs: dict[str, list[fx.Node | None]] = {}
 
@@ -112,7 +118,7 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        self.owner[node] = self.scope.module_path
+        self.callers[node] = self.stack
         return node
 
     def call_module(
@@ -123,7 +129,8 @@ class _Tracer(fx.Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         path = self.path_of_module(m)
-        before = len(self.graph.nodes)
+        before, callers = len(self.graph.nodes), self.stack
+        self.stack = (*callers, path)
         try:
             output = super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -133,5 +140,7 @@ class _Tracer(fx.Tracer):
                 self.graph.erase_node(node)
             output = self.create_proxy("call_module", path, args, kwargs)
             self.opaque.add(output.node)
+        finally:
+            self.stack = callers
         self.outputs.setdefault(path, []).append(getattr(output, "node", None))
         return output
