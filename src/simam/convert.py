@@ -1,5 +1,6 @@
 """Replace hand-written SimAM modules that compute the same by `simam.SimAM`."""
 
+import inspect
 import warnings
 from typing import TypeVar
 
@@ -61,6 +62,7 @@ def convert(model: Model, *, where: Selector | None = None) -> Model:
         raise ValueError("a TorchScript module cannot be changed; convert before scripting")
     candidates = _candidates(model, where)
     ranks = _ranks_of_input(model)
+    compiled = [getattr(module, "_orig_mod", None) for module in model.modules()]
     replacements: dict[nn.Module, SimAM] = {}
     replaced: list[str] = []
     left: list[str] = []
@@ -68,6 +70,8 @@ def convert(model: Model, *, where: Selector | None = None) -> Model:
         if any(path.startswith(f"{each}.") for each in replaced):
             continue
         layer, reason = _replacement(module, ranks)
+        if module in compiled:
+            layer, reason = None, "it is compiled; convert before torch.compile"
         if layer is None:
             left.append(f"{path} ({type(module).__name__}): {reason}")
         else:
@@ -142,6 +146,9 @@ def _replacement(module: nn.Module, ranks: set[int]) -> tuple[SimAM | None, str]
         names = [name for name, _ in getattr(module, f"named_{kind}")()]
         if names:
             return None, f"it has {kind} ({first_few(names)}), which would be lost"
+    others = list(inspect.signature(module.forward).parameters)[1:]
+    if others:
+        return None, f"its forward takes further arguments ({first_few(others)})"
     try:
         found = examine(module)
     except ValueError as error:

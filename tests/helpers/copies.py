@@ -1,7 +1,7 @@
 """Hand-written SimAM modules, as networks carry them: some right, most of them not quite.
 
-`COPIES` lists each with the right answer of `simam.identify`: the formula, lambda, and pieces of the
-text that says what differs.
+`COPIES` lists each with the right answer of `simam.identify`: the formula, lambda, and pieces of
+the text that says what differs.
 """
 
 import math
@@ -335,6 +335,41 @@ def residual_signed_rows(x: Tensor, e: float) -> Tensor:
     return x + x * torch.sigmoid(d / (4 * (x.var(3, keepdim=True, unbiased=False) + e)) + 0.5)
 
 
+def energy_plus_half(x: Tensor, e: float) -> Tensor:
+    return x * torch.sigmoid(1 / inverse_energy(x, e) + 0.5)
+
+
+def lambda_four_times(x: Tensor, e: float) -> Tensor:
+    variance = x.var(MAP, keepdim=True)
+    inverse = (deviations(x) ** 2 + 2 * (variance + 2 * e)) / (4 * (variance + e))
+    return x * torch.sigmoid(inverse)
+
+
+def share_of_lambda(x: Tensor, e: float) -> Tensor:
+    total = (deviations(x) ** 2).sum(MAP, keepdim=True)
+    return x * total / (total + e)
+
+
+def fixed_count(x: Tensor, e: float) -> Tensor:
+    square = deviations(x) ** 2
+    return x * torch.sigmoid(square / (4 * (square.sum(MAP, keepdim=True) / 48 + e)) + 0.5)
+
+
+def cut(x: Tensor, e: float) -> Tensor:
+    return x * torch.sigmoid(inverse_energy(x, e).clamp(max=3))
+
+
+def mean_absolute(x: Tensor, e: float) -> Tensor:
+    d = deviations(x)
+    return x * torch.sigmoid(d**2 / (4 * (d.abs().mean(MAP, keepdim=True) + e)) + 0.5)
+
+
+def returns_one_element(x: Tensor, e: float) -> Tensor:
+    if x.shape[2] * x.shape[3] <= 1:
+        return x
+    return x * torch.sigmoid(inverse_energy(x, e))
+
+
 def local(x: Tensor, e: float) -> Tensor:
     mean = nnf.avg_pool2d(x, 3, 1, 1)
     square = (x - mean) ** 2
@@ -432,7 +467,7 @@ class Tokens(nn.Module):
 
 class OneDimensional(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        _, _, length = x.shape
+        _, _, _ = x.shape
         return x * torch.sigmoid(inverse_energy(x, 1e-4, 2))
 
 
@@ -529,6 +564,13 @@ COPIES = {
     "noisy": Copy.of(noisy, "random", e_lambda=None),
     "leave-one-out mean": Copy.of(loo_mean_only, "mean of the other neurons"),
     "leave-one-out unbiased": Copy.of(loo_unbiased, "leave-one-out", "by M - 2"),
+    "energy plus 1/2": Copy.of(energy_plus_half, "order is inverted", "adds 0.5 to the energy"),
+    "lambda four times": Copy.of(lambda_four_times, "lambda 4 times instead of twice"),
+    "share of lambda": Copy.of(share_of_lambda, "sums the numerator", "no sigmoid", "no 1/2"),
+    "fixed count": Copy.of(fixed_count, "by 48 on maps of every size"),
+    "cut": Copy.of(cut, "limits the gate to at most 0.9526"),
+    "mean absolute": Copy.of(mean_absolute, "mean absolute deviation instead of the variance"),
+    "returns one element": Copy.of(returns_one_element, "a map of one element unchanged"),
     "local": Copy.of(local, "window", e_lambda=None),
     "learned scale": Copy(LearnedScale, "other", 1e-4, ("parameters", "gamma")),
     "learned lambda": Copy(LearnedLambda, "other", 0.1, ("parameters", "e_lambda")),

@@ -112,7 +112,8 @@ def _measure_pooled(subject: Subject, reading: Reading) -> Facts | None:
     if len(values) < 3:
         return None
     z, size = torch.stack(values), torch.tensor(scales, dtype=y.dtype)[:, None]
-    low, high = z[0], z[-1]
+    # At small scales z grows with the square of the scale, which is known, so it shows z at 0.
+    low, high = z[0] - (z[1] - z[0]) / ((size[1] / size[0]) ** 2 - 1), z[-1]
     if (high - low).abs().min() < 1e-3:
         return None
     rows = group(y)
