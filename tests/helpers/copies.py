@@ -30,19 +30,18 @@ def inverse_energy(x: Tensor, e_lambda: float, dims: Any = MAP, minus: int = 1) 
 
 
 class Authors(nn.Module):
-    """Shared statistics, lambda inside the factor 4, a sigmoid held as a child."""
+    """Shared statistics, lambda inside the factor 4; maps of four dimensions alone."""
 
     def __init__(self, channels: int | None = None, e_lambda: float = 1e-4) -> None:
         super().__init__()
-        self.activation = nn.Sigmoid()
+        self.gate = nn.Sigmoid()
         self.e_lambda = e_lambda
 
     def forward(self, x: Tensor) -> Tensor:
-        _, _, h, w = x.size()
-        count = w * h - 1
-        square = (x - x.mean(dim=[2, 3], keepdim=True)).pow(2)
-        variance = square.sum(dim=[2, 3], keepdim=True) / count
-        return x * self.activation(square / (4 * (variance + self.e_lambda)) + 0.5)
+        _, _, _, _ = x.shape
+        squares = deviations(x).square()
+        variance = squares.sum(MAP, keepdim=True) / (x[0, 0].numel() - 1)
+        return x * self.gate(squares / (4 * (variance + self.e_lambda)) + 0.5)
 
 
 class AuthorsFlat(nn.Module):
@@ -555,7 +554,7 @@ COPIES = {
     "gate": Copy.of(gate, "returns the gate"),
     "residual": Copy.of(residual, "x + x * gate"),
     "added gate": Copy.of(added_gate, "x + gate"),
-    "reversed gate": Copy.of(reversed_gate, "1 - gate"),
+    "reversed gate": Copy.of(reversed_gate, "takes 1 - gate"),
     "scaled": Copy.of(scaled, "multiplies the product by 1.5"),
     "pair": Copy.of(pair, "returns a tuple"),
     "in place": Copy.of(in_place, "overwrites its input"),

@@ -220,8 +220,8 @@ def test_convert_refuses_before_any_change() -> None:
     model = network(SimamCopy())
     with pytest.raises(ValueError, match=r"where='\*.simam' matches none of the model's modules"):
         convert(model, where="*.simam")
-    with pytest.raises(TypeError, match="^where must be a glob"):
+    with pytest.raises(TypeError, match=r"^where must be a glob"):
         convert(model, where=3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="TorchScript module cannot be changed"):
+    with pytest.raises(ValueError, match=r"TorchScript module cannot be changed"):
         convert(torch.jit.script(nn.Sequential(nn.ReLU())))
     assert type(model[0].attention) is SimamCopy

@@ -136,6 +136,6 @@ def _measure_pooled(subject: Subject, reading: Reading) -> Facts | None:
     plain = (4.0, 1.0)
     return min(
         found,
-        key=lambda facts: [abs(facts.spread.factor - each) > 0.01 for each in plain],
+        key=lambda facts: [abs(abs(facts.spread.factor) - each) > 0.01 for each in plain],
         default=None,
     )

@@ -16,7 +16,6 @@ from .subject import ProbeError, Subject
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "product": lambda x, y: y / x,
     "residual": lambda x, y: y / x - 1,
-    "reversed": lambda x, y: 1 - y / x,
 }
 SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gate": lambda x, y: y,

@@ -91,7 +91,7 @@ def find_spread(subject: Subject, reading: Reading, law: Law, curve: Curve) -> S
     choices = _choices(reading, law, samples)
     is_rare = reading.power == "leave-one-out"
     choice = min(
-        choices, key=lambda c: (abs(c.factor - 4) > 1e-3, c.others != is_rare), default=None
+        choices, key=lambda c: (abs(abs(c.factor) - 4) > 1e-3, c.others != is_rare), default=None
     )
     return choice and _with_lambda(reading, law, samples, choice)
 

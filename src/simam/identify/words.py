@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from .dissection import Facts
 from .layout import Axes, Layout
 
 _OUTPUTS = {
     "residual": "returns x + x * gate instead of x * gate",
-    "reversed": "multiplies x by 1 - gate instead of the gate",
     "gate": "returns the gate instead of x * gate",
     "sum": "returns x + gate instead of x * gate",
 }
@@ -52,6 +52,14 @@ def deviations(facts: Facts, known: Iterable[float]) -> tuple[list[str], float |
     phrases = []
     if reading.output != "product":
         phrases.append(_OUTPUTS[reading.output])
+    if facts.spread.factor < 0 and reading.link == "sigmoid":  # sigmoid(-z) is 1 - sigmoid(z)
+        phrases.append("takes 1 - gate instead of the gate")
+        facts = replace(
+            facts,
+            spread=replace(facts.spread, factor=-facts.spread.factor),
+            offset=-facts.offset,
+            small_offset=-facts.small_offset,
+        )
     if reading.factor.numel() > 1:
         phrases.append("multiplies each channel by a number of its own")
     elif abs(float(reading.factor) - 1) > 1e-9:
