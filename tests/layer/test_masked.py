@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -85,6 +85,7 @@ def test_simam_with_everything_counted_is_the_plain_call(
 
 @pytest.mark.parametrize("statistics", STATISTICS)
 @pytest.mark.parametrize("padding", [0.0, 1e4, 1e308, math.nan, math.inf, -math.inf])
+@settings(max_examples=15)
 @given(data=st.data())
 def test_appended_positions_change_nothing_among_the_counted(
     statistics: str, padding: float, data: st.DataObject
