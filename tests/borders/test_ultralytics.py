@@ -214,7 +214,9 @@ def test_predict_then_val_give_the_unfused_values(
     for _ in range(2):
         yolo.predictor = None  # which folds the network
         with seen_by_head(yolo.model) as seen:
-            result = yolo.predict("images/val/0.png", imgsz=64, conf=0.01, device="cpu", verbose=False)
+            result = yolo.predict(
+                "images/val/0.png", imgsz=64, conf=0.01, device="cpu", verbose=False
+            )
         assert len(result[0].boxes)
         predicted = compare_all(seen, reference)
         with seen_by_head(yolo.model) as seen:

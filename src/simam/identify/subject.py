@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import itertools
 import math
 import random
 import sys
@@ -110,7 +111,9 @@ class Subject:
     def _find_shape(self, name: str) -> tuple[int, ...]:
         numbers = _numbers_of(self.copy)
         channels = dict.fromkeys([_CHANNELS[0], *numbers, *_CHANNELS])
-        maps = dict.fromkeys([_MAPS[0], *((n, n) for n in numbers if n <= 64), *_MAPS])
+        sides = [n for n in numbers if n <= 64]
+        pairs = [*((n, n) for n in sides), *itertools.pairwise(sides)]
+        maps = dict.fromkeys([_MAPS[0], *pairs, *_MAPS])
         flat = [(2, c, *m) for m in maps for c in channels]
         lines = [
             (2, *each)
