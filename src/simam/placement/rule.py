@@ -104,7 +104,10 @@ def find_insertions(
         u for u in unanalysed if u.block not in containers and (u.block or not insertions)
     ]
     found = [insertions[path] for path in paths.values() if path in insertions]
-    return found, unanalysed + without_host, list(dict.fromkeys(existing))
+    # Sums within a branch may have no host at a later place, where the sum at its end has one.
+    served = {insertion.block for insertion in found} if place != "conv" else set()
+    unanalysed += [u for u in dict.fromkeys(without_host) if u.block not in served]
+    return found, unanalysed, list(dict.fromkeys(existing))
 
 
 def _analyse_blocks(model: nn.Module) -> tuple[dict[str, BlockGraph], list[Unanalysed]]:
