@@ -11,7 +11,7 @@ from torch.jit import ScriptModule
 from ..hosts import is_host
 from ..messages import first_few, table
 from .convolutions import is_convolution, parts_of_adapters, plain_class
-from .existing import ExistingSimAM, existing_beside
+from .existing import ExistingSimAM, existing_beside, find_layers
 from .own_forward import behind_convolution
 from .place import PLACES
 from .rule import Insertion, Unanalysed, describe_host, find_insertions
@@ -185,7 +185,8 @@ def _selected(model: nn.Module, where: Selector) -> Plan:
             reason = "selected by where=" + _behind(module)
             block = path.rpartition(".")[0]
             insertions.append(Insertion(path, block, describe_host(module), reason))
-    existing = [each for insertion in insertions for each in existing_beside(model, insertion.path)]
+    layers = find_layers(model)
+    existing = [each for i in insertions for each in existing_beside(model, i.path, layers)]
     return Plan(insertions, existing=existing)
 
 
