@@ -8,11 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
-from PIL import Image, ImageDraw
 from torch import nn
 
 import simam
@@ -26,6 +23,8 @@ ROW = [-1, 1, "SimAM", [None, 0.0001]]
 @pytest.fixture(autouse=True)
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """An empty working directory with four drawn images; nothing is downloaded."""
+    from PIL import Image, ImageDraw
+
     monkeypatch.chdir(tmp_path)
     for name in ("Arial.ttf", "Ultralytics/Arial.ttf"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -92,7 +91,7 @@ def run_everything(
     file = yolo.export(format="onnx", imgsz=64, device="cpu")
     session = onnxruntime.InferenceSession(file)
     x = torch.rand(1, 3, 64, 64)
-    (output,) = session.run(None, {session.get_inputs()[0].name: np.asarray(x)})
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     plain = copy.deepcopy(reference)
     for module in plain.modules():
         if isinstance(module, simam.SimAM):
@@ -107,6 +106,7 @@ def run_everything(
 
 
 def test_row_of_the_yaml(data: str, registered: None, record: Callable[..., None]) -> None:
+    import yaml
     from ultralytics import YOLO
 
     config = with_simam_row(copy.deepcopy(YOLO("yolov8n.yaml").model.yaml))
