@@ -12,6 +12,7 @@ BLOCKED = ("timm", "torchvision", "PIL", "matplotlib", "numpy", "tqdm")
 SCRIPTS = {
     "benchmarks.speed.op": ([], "timm"),
     "benchmarks.speed.models": ([], "timm"),
+    "benchmarks.speed.convert": ([], "timm"),
     "benchmarks.speed.gpu": ([], "timm"),
     "benchmarks.accuracy.recalibration": (["--photographs", "."], "test"),
 }

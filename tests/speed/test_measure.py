@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 pytest.importorskip("timm", reason="timm builds the layers that simam is compared with")
 torchvision_models = pytest.importorskip("torchvision.models", reason="it builds the models")
-gpu_models, gpu_op, models, op = (
+convert, gpu_models, gpu_op, models, op = (
     importlib.import_module(f"benchmarks.speed.{name}")
-    for name in ("gpu_models", "gpu_op", "models", "op")
+    for name in ("convert", "gpu_models", "gpu_op", "models", "op")
 )
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +100,34 @@ def test_models_check_refuses_unexpected_outputs() -> None:
     for name, wrong in (("plain", x), ("formula", 2 * x)):
         with pytest.raises(RuntimeError, match=f"^the output of {name} differs from that of simam"):
             models.check({"plain": 2 * x, "simam": x, "formula": x} | {name: wrong})
+
+
+@pytest.mark.parametrize("task", ["inference", "training"])
+def test_convert_measure_gives_the_documented_row(task: str) -> None:
+    (row,) = convert.measure(0.0, ((task, 2, 64),))
+    assert (row["task"], row["batch"], row["size"]) == (task, 2, 64)
+    assert row["rounds"] >= 5
+    names = ["plain", "copies", "converted"]
+    assert list(row["ms"]) == list(row["ratio"]) == list(row["saved"]) == names
+    for quartiles in (*row["ms"].values(), *row["ratio"].values()):
+        assert_positive(quartiles)
+        assert quartiles == sorted(quartiles)
+    assert row["ratio"]["copies"] == [1.0, 1.0, 1.0]
+    assert row["saved"]["plain"] < row["saved"]["converted"] < row["saved"]["copies"]
+    lines = cells(convert.summary([row]))
+    assert lines[1][:3] == [task, "2", "64"]
+
+
+def test_convert_check_refuses_a_network_that_changed() -> None:
+    networks = convert.variants()
+    x = torch.rand(1, 3, 64, 64)
+    convert.check(networks, x)
+    with pytest.raises(RuntimeError, match=r"^expected 5 converted layers, got 0$"):
+        convert.check(networks | {"converted": networks["copies"]}, x)
+    networks["converted"][0][0].weight.data.mul_(2)
+    networks["converted"][-1].bias.data.add_(1)
+    with pytest.raises(RuntimeError, match=r"^the output after convert differs by "):
+        convert.check(networks, x)
 
 
 def cells(table: str) -> list[list[str]]:
