@@ -576,6 +576,19 @@ COPIES = {
     "batch norm": Copy(WithNorm, "other", 0.000100001, ("training mode",)),
     "dropout": Copy(WithDropout, "other", 1e-4, ("random", "training mode")),
     "counting": Copy(Counting, "other", None, ("earlier calls",)),
+    "gate, over M, in bfloat16": Copy.of(
+        lambda x, e: gate_over_m(x.bfloat16(), e).to(x.dtype),
+        "returns the gate",
+        "by M instead of M - 1",
+        "no 1/2",
+        "computes in bfloat16",
+    ),
+    "floor, in float32": Copy.of(
+        lambda x, e: floor(x.float(), e).to(x.dtype),
+        "a floor of 0.1 ",
+        "computes in float32",
+        e_lambda=None,
+    ),
     "gate, over M, no half": Copy.of(
         gate_over_m, "returns the gate", "by M instead of M - 1", "no 1/2"
     ),

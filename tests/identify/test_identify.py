@@ -98,6 +98,20 @@ def test_identify_names_several_deviations_with_and() -> None:
     )
 
 
+@pytest.mark.parametrize("function", [copies.median, copies.over_batch, copies.tanh])
+def test_identify_does_not_take_equal_gates_for_a_limit(function: Any) -> None:
+    assert "limits" not in identify(copies.Formula(function, 0.1)).difference
+
+
+def test_identify_gives_no_description_that_it_cannot_reproduce() -> None:
+    def squared(x: Tensor, e: float) -> Tensor:
+        return x * torch.sigmoid(copies.inverse_energy(x, e)) ** 2
+
+    found = identify(copies.Formula(squared, 0.1))
+    assert found.difference.startswith("computes none of the known forms")
+    assert found.e_lambda is None
+
+
 def test_identify_agrees_with_the_oracles() -> None:
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for name in ("shared", "leave_one_out"):

@@ -13,43 +13,22 @@ several.
 """
 
 import itertools
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from . import probes
 from .curve import LAWS, find_law, measure_curve
+from .facts import Facts
 from .layout import affected, is_product, run
 from .reading import PRODUCTS, SUMS, Reading, read
 from .spread import Spread, find_spread
 from .subject import Subject
-
-
-@dataclass(frozen=True)
-class Facts:
-    """The parts of a module; see the docstring of this file.
-
-    Attributes:
-        reading (Reading): how output, gate and z are made.
-        spread (Spread): v, f and lambda.
-        law (str): a value of `LAWS`: what stands for v + lambda; "none" if k is a constant.
-        offset (float), small_offset (float): c if v is far above lambda, and far below.
-        softmax (bool): whether the gates of a group add up to 1.
-        pooled (str): "sum" or "average" if t is that of the whole group.
-    """
-
-    reading: Reading
-    spread: Spread
-    law: str
-    offset: float
-    small_offset: float
-    softmax: bool = False
-    pooled: str = ""
+from .synthesis import holds
 
 
 def dissect(subject: Subject, precision: float) -> list[Facts]:
-    """Return every description of a module that explains its outputs."""
+    """Return every description of a module that gives its outputs."""
     product = is_product(subject)
     layout = affected(subject, next(iter((PRODUCTS if product else SUMS).values())), precision)
     if not layout.regular or not layout.axes:
@@ -63,7 +42,7 @@ def dissect(subject: Subject, precision: float) -> list[Facts]:
             seen.append(reading.kind)
             measure = _measure_pooled if reading.power == "constant" else _measure
             facts = measure(subject, reading)
-            if facts is not None:
+            if facts is not None and holds(subject, facts):
                 found.append(facts)
         if found:
             return found

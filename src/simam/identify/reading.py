@@ -162,7 +162,13 @@ def read(
             output = run(subject, size * y)
         except ProbeError:
             continue
-        found = [r for draft in drafts for r in _fit(draft, size * y, output, forms)]
+        found = []
+        for draft in drafts:
+            cut = _cut(draft, size * y, output)
+            readings = _fit(draft, size * y, output, forms)
+            if not readings and cut is not draft:
+                readings = _fit(cut, size * y, output, forms)
+            found += readings
         if found:
             yield found
 
@@ -171,7 +177,6 @@ def _fit(
     draft: Reading, x: Tensor, output: Tensor, forms: Callable[..., Iterator[Reading]]
 ) -> list[Reading]:
     """Find the readings for the largest groups in which z has a known form."""
-    draft = _cut(draft, x, output)
     z, known = draft.decode(x, output)
     layout = draft.layout
     groups = subsets(layout.axes)
@@ -194,7 +199,8 @@ def _cut(draft: Reading, x: Tensor, output: Tensor) -> Reading:
 
     def is_cut(end: float) -> bool:
         at_end = ((gates - end).abs() <= 8 * draft.precision * abs(end)).sum(-1)
-        return bool((at_end > 0).sum() >= 2 and (at_end < gates.shape[-1]).all())
+        by_chance = (at_end > 0).double().mean() < 0.5 and (at_end > 1).sum() < 2
+        return not by_chance and bool((at_end < gates.shape[-1]).all()) and at_end.numel() > 1
 
     if least > low and is_cut(least):
         draft = replace(draft, least=least)

@@ -30,7 +30,7 @@ def _absolute(rows: Tensor) -> Tensor:
 
 
 # What is divided to give v: a sum of squares of the deviations from a centre, or another number.
-_SUMS: Mapping[str, Callable[[Tensor], Tensor]] = {
+SUMS_OF_SPREADS: Mapping[str, Callable[[Tensor], Tensor]] = {
     **{name: _around(centre) for name, centre in CENTRES.items()},
     "largest": _largest,
     "absolute": _absolute,
@@ -121,14 +121,14 @@ def _choices(reading: Reading, law: Law, samples: Sequence[_Sample]) -> Iterator
     for axes in subsets(reading.layout.axes):
         if not set(axes) >= set(reading.axes):  # v is the same in a group
             continue
-        divisors = [_divisors(reading.layout, axes, each.y.shape) for each in samples]
+        numbers = [divisors(reading.layout, axes, each.y.shape) for each in samples]
         counts = [
             torch.tensor(list(each.values())).double()[:, None].expand(-1, len(sample.slope))
-            for each, sample in zip(divisors, samples, strict=True)
+            for each, sample in zip(numbers, samples, strict=True)
         ]
         count = torch.cat(counts, dim=1)
         ratio = torch.cat([_ratio(reading, each, axes) for each in samples])
-        for name in _SUMS:
+        for name in SUMS_OF_SPREADS:
             sums = torch.cat([_sums(reading, each.y, axes, name) for each in samples])
             for others in (False, True):
                 if others and (reading.centre, reading.centre_axes) != ("mean", axes):
@@ -136,7 +136,7 @@ def _choices(reading: Reading, law: Law, samples: Sequence[_Sample]) -> Iterator
                 factors = slopes * ratio ** (2 * others) * (count / sums) ** (law.p / 2)
                 middle = factors.median(1).values
                 errors = (factors / middle[:, None] - 1).abs().amax(1)
-                for divisor, factor, error in zip(divisors[0], middle, errors, strict=True):
+                for divisor, factor, error in zip(numbers[0], middle, errors, strict=True):
                     if error <= 1e5 * reading.tolerance:
                         yield _plainest(_Choice(name, axes, divisor, others, float(factor)))
 
@@ -157,7 +157,7 @@ def _with_lambda(reading: Reading, law: Law, samples: Sequence[_Sample], choice:
     for each in samples:
         ratio = _ratio(reading, each, axes) ** (2 * law.q * others)
         lambdas.append(float((each.constant * ratio).median()) / factor**law.q)
-        number = _divisors(reading.layout, axes, each.y.shape).get(divisor)
+        number = divisors(reading.layout, axes, each.y.shape).get(divisor)
         counts.append(float(divisor) if number is None else number)
     multiplied = [a * b for a, b in zip(lambdas, counts, strict=True)]
     divided = not _agree(lambdas) and _agree(multiplied)
@@ -175,7 +175,7 @@ def _agree(values: Sequence[float]) -> bool:
 
 def _sums(reading: Reading, y: Tensor, axes: Axes, name: str) -> Tensor:
     """What is divided to give v [groups]."""
-    values = reading.layout.reduce(_SUMS[name], y, axes)
+    values = reading.layout.reduce(SUMS_OF_SPREADS[name], y, axes)
     return reading.layout.group(values, reading.axes)[..., 0].flatten()
 
 
@@ -185,10 +185,10 @@ def _ratio(reading: Reading, sample: _Sample, axes: Axes) -> Tensor:
     return torch.full_like(sample.slope, m / (m - 1))
 
 
-def _divisors(layout: Layout, axes: Axes, shape: Sequence[int]) -> dict[str, float]:
+def divisors(layout: Layout, axes: Axes, shape: Sequence[int]) -> dict[str, float]:
     """What a sum over a group may be divided by, by name."""
     m = layout.count(shape, axes)
-    divisors: dict[str, float] = {"M - 1": m - 1, "M": m, "M - 2": m - 2, "M + 1": m + 1, "1": 1}
+    found: dict[str, float] = {"M - 1": m - 1, "M": m, "M - 2": m - 2, "M + 1": m + 1, "1": 1}
     rank = len(shape)
     names = ("N", "C", *{3: ("L",), 4: ("H", "W"), 5: ("T", "H", "W")}[rank])
     products: list[tuple[int, ...]] = [tuple(range(2, rank)), tuple(range(1, rank))]
@@ -197,8 +197,8 @@ def _divisors(layout: Layout, axes: Axes, shape: Sequence[int]) -> dict[str, flo
     for product in products:
         size = math.prod(shape[axis] for axis in product)
         name = " * ".join(names[axis] for axis in product)
-        divisors |= {name: size, f"{name} - 1": size - 1}
-    return divisors
+        found |= {name: size, f"{name} - 1": size - 1}
+    return found
 
 
 def _other_shapes(shape: tuple[int, ...], layout: Layout) -> list[tuple[int, ...]]:

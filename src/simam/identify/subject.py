@@ -8,11 +8,12 @@ import math
 import random
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..messages import format_shape, one_line
 
@@ -20,6 +21,9 @@ from ..messages import format_shape, one_line
 _CHANNELS = (8, 64, 3)
 _MAPS = ((5, 7), (6, 6), (7, 7), (16, 16))
 _MAX_NUMBERS = 8
+
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class ProbeError(Exception):
@@ -49,6 +53,24 @@ def quietly() -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
+class _KeepFloat64(TorchFunctionMode):
+    """Ignore conversions to a narrower floating-point dtype."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            return args[0].double()
+        if func in (Tensor.to, Tensor.type):
+            args = tuple(torch.float64 if each in _NARROW else each for each in args)
+            kwargs = {k: torch.float64 if v in _NARROW else v for k, v in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
 class Subject:
     """A copy of a module on the CPU, in evaluation mode, without hooks.
 
@@ -57,6 +79,7 @@ class Subject:
         shape (tuple of int): the shape of input that the module takes, with several channels and
             positions.
         dtype (torch.dtype): float64, or float32 where the module takes no float64.
+        wide (bool): whether conversions to narrower dtypes inside the module are ignored.
         returns_tuple (bool), overwrites (bool): the module has returned a tuple or a list, of which
             the first tensor counts; it has changed its input.
 
@@ -73,7 +96,7 @@ class Subject:
             raise ValueError(
                 f"this {type(module).__name__} cannot be copied: {one_line(error)}"
             ) from error
-        self.returns_tuple = self.overwrites = False
+        self.returns_tuple = self.overwrites = self.wide = False
         self.dtype = torch.float64
         self.shape = self._find_shape(type(module).__name__)
 
@@ -85,7 +108,8 @@ class Subject:
         """
         given = x.clone()
         try:
-            output: Any = (module or self.copy)(given)
+            with _KeepFloat64() if self.wide else contextlib.nullcontext():
+                output: Any = (module or self.copy)(given)
         except Exception as error:  # the module's own code
             raise ProbeError(one_line(error)) from error
         self.overwrites |= not torch.equal(given.detach(), x.detach())

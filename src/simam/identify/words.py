@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-from .dissection import Facts
+from .facts import Facts
 from .layout import Axes, Layout
 
 _OUTPUTS = {
