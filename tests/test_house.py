@@ -17,9 +17,9 @@ LAYERS = [
     {"reference", "masked", "ops"},
     {"functional"},
     {"module"},
-    {"hosts"},
+    {"hosts", "identify"},
     {"placement"},
-    {"attach", "checkpoints", "models", "recalibrate", "attention_maps"},
+    {"attach", "convert", "checkpoints", "models", "recalibrate", "attention_maps"},
     {""},  # simam itself, which holds the public names
     {"cli"},
     {"__main__"},

@@ -4,6 +4,8 @@ from . import functional
 from .attach import attach, attached, detach, detached
 from .attention_maps import attention_maps
 from .checkpoints import load_checkpoint
+from .convert import convert
+from .identify import Identification, identify
 from .kernels import kernels_info
 from .module import SimAM
 from .placement import ExistingSimAM, Insertion, Plan, Unanalysed, plan
@@ -11,6 +13,7 @@ from .recalibrate import recalibrate
 
 __all__ = [
     "ExistingSimAM",
+    "Identification",
     "Insertion",
     "Plan",
     "SimAM",
@@ -18,9 +21,11 @@ __all__ = [
     "attach",
     "attached",
     "attention_maps",
+    "convert",
     "detach",
     "detached",
     "functional",
+    "identify",
     "kernels_info",
     "load_checkpoint",
     "plan",

@@ -23,6 +23,15 @@ class Simam_module(Gate):  # noqa: N801 - as it is spelled in many copies
     pass
 
 
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = SimAM()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if int(x.sum()) else x
+
+
 class OwnSimAM(SimAM):
     pass
 
@@ -45,6 +54,12 @@ def attended_behind_the_sum(self, x):
 def attended_before_the_branch(self, x):
     x = self.att(x)
     return x + self.branch(x)
+
+
+@block
+def attended_in_training(self, x):
+    y = self.branch(x)
+    return x + (self.att(y) if self.training else y)
 
 
 @block
@@ -78,6 +93,8 @@ CERTAIN = [
     (attended(att=OwnSimAM()), "0.att"),
     (attended_behind_the_sum(att=SimAM()), "0.att"),
     (attended_before_the_branch(att=SimAM()), "0.att"),
+    (attended_in_training(att=SimAM()), "0.att"),
+    (attended(att=Untraceable()), "0.att.layer"),
     (with_an_attribute(simam=SimAM()), "0.simam"),
 ]
 BY_NAME = [
@@ -143,10 +160,11 @@ def backbone(self, x):
         switched_off(),
         backbone(stem=conv(), att=SimAM()),
         backbone(stem=conv(), att=Simam_module()),
+        backbone(stem=conv(), att=Untraceable()),
         nn.Sequential(conv(), SimAM(), basic(), SimAM()),
         nn.ModuleDict({"simam_stage": basic()}),
     ],
-    ids=["identity", "none", "outside the branch", "copy outside", "between blocks", "container"],
+    ids=["identity", "none", "outside", "copy", "untraceable", "between blocks", "container"],
 )
 def test_plan_keeps_a_block_without_simam(first: nn.Module) -> None:
     net = nn.Sequential(first)

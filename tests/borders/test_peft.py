@@ -3,6 +3,7 @@
 Unmerged, an adapter must act before SimAM, as it does when it is merged into the convolution.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 
 import simam
 from simam import attach, attached, detach
+from tests.helpers.borders import compare, tool
 
 peft = pytest.importorskip("peft")
-# Of BOFT without a CUDA compiler, and of the rounding of IA3.
-pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:peft\..*")
+pytestmark = [
+    pytest.mark.borders,
+    # Of BOFT without a CUDA compiler, and of the rounding of IA3.
+    pytest.mark.filterwarnings(r"ignore::UserWarning:peft\..*"),
+]
 
 PATHS = ["0.conv2", "1.conv2"]
 # peft itself does not merge OFT exactly on a convolution with padding, so that OFT is not here.
@@ -71,7 +76,7 @@ def test_attach_puts_simam_behind_the_adapter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_merged_network_equals_the_unmerged_one(name: str) -> None:
+def test_merged_network_equals_the_unmerged_one(name: str, record: Callable[..., None]) -> None:
     model = attach(peft.get_peft_model(network(), config(name)), e_lambda=0.1)
     expected = run(model)
     model.merge_adapter()
@@ -86,6 +91,9 @@ def test_merged_network_equals_the_unmerged_one(name: str) -> None:
     assert list(attached(merged)) == PATHS
     assert isinstance(merged[0].conv2, nn.Conv2d)
     torch.testing.assert_close(run(merged), expected, rtol=1e-5, atol=1e-5)
+    differences = compare(run(merged), expected, run(detach(merged)))
+    case = "adapter, `attach`, `merge_and_unload`"
+    record(tool("peft"), case, "works", network=name, **differences)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -97,7 +105,7 @@ def test_unloaded_network_keeps_simam(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_attached_convolution_refuses_an_adapter(name: str) -> None:
+def test_attached_convolution_refuses_an_adapter(name: str, record: Callable[..., None]) -> None:
     net = attach(network(), e_lambda=0.1)
     expected = run(net)
     with pytest.raises(RuntimeError, match=r"^cannot adapt this Conv2d: SimAM is attached"):
@@ -106,6 +114,7 @@ def test_attached_convolution_refuses_an_adapter(name: str) -> None:
     assert torch.equal(run(net), expected)
     model = attach(peft.get_peft_model(detach(net), config(name)), e_lambda=0.1)
     assert list(attached(model)) == [f"base_model.model.{path}" for path in PATHS]
+    record(tool("peft"), "`attach`, then an adapter", "refused clearly", network=name)
 
 
 def test_saved_adapters_load_and_take_simam(tmp_path: Path) -> None:

@@ -104,6 +104,12 @@ class GatedConv2d(NormedConv2d):
         return super().forward(x) * torch.sigmoid(super().forward(x))
 
 
+class SometimesActivatedConv2d(NormedConv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return F.relu(y) if x.shape[0] > 1 else y
+
+
 class SelfNormedConv2d(NormedConv2d):
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
@@ -131,6 +137,7 @@ FOLLOWED = [
     (NormedConv2d(activation=lambda x: x.clamp(min=0)), "clamp"),
     (NormedConv2d(activation=lambda x: F.layer_norm(x, x.shape[1:])), "layer_norm"),
     (GatedConv2d(), "sigmoid, mul"),
+    (SometimesActivatedConv2d(), "relu"),
     (SelfNormedConv2d(), "truediv"),
     (OuterConv2d(), "BatchNorm2d"),
 ]

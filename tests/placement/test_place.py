@@ -225,6 +225,22 @@ def test_plan_names_a_block_without_host(forward: object, place: str, reason: st
     assert len(plan(net)) == 2
 
 
+def test_plan_names_a_block_that_returns_its_convolution() -> None:
+    @block
+    def maybe_normed(self, x):
+        y = self.conv2(self.conv1(x).relu())
+        return y if self.down else x + self.norm2(y)
+
+    nets = [maybe_normed(norm2=norm()), maybe_normed(norm2=norm())]
+    nets[0].down, nets[1].down = True, False
+    found = plan(nn.Sequential(*nets), place="norm")
+    assert [insertion.path for insertion in found] == ["1.norm2"]
+    (unanalysed,) = found.unanalysed
+    assert unanalysed.reason.endswith(
+        "conv2 is not followed by a norm, but by the end of the block"
+    )
+
+
 @block
 def scaled_body(self, x):
     return x + 0.2 * self.body(x)

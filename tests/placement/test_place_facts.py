@@ -53,8 +53,13 @@ def test_plan_refuses_convnext_at_other_places(place: str, reason: str) -> None:
         plan(model, place=place)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("name", [n for n in CONVOLUTIONS["none"] if n.startswith("torchvision/")])
+@pytest.mark.parametrize(
+    "name",
+    sampled(
+        [n for n in CONVOLUTIONS["none"] if n.startswith("torchvision/")] + ["timm/selecsls42"],
+        {"timm/selecsls42"},
+    ),
+)
 def test_plan_refuses_networks_without_residual_branches_at_every_place(name: str) -> None:
     model = build(*name.split("/"))
     for place in ("norm", "branch"):

@@ -11,6 +11,7 @@ from ..messages import UserError
 from ..module import SimAM
 from ..placement import PLACES
 from .commands import run_maps, run_report
+from .identify import run_identify
 
 _MODEL = (
     "NAME, torchvision/NAME or timm/NAME; a bare NAME is looked up in torchvision first, then in "
@@ -59,6 +60,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_report(commands)
     _add_maps(commands)
+    _add_identify(commands)
     return parser
 
 
@@ -170,6 +172,23 @@ def _add_maps(commands: "argparse._SubParsersAction[_Parser]") -> None:
         action="extend",
         metavar="GLOB",
         help="draw the SimAM layers whose paths match (default: the last layer of each resolution)",
+    )
+
+
+def _add_identify(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "identify",
+        help="say which formula a hand-written SimAM computes",
+        description="Build a module from a Python file, and say which formula of SimAM it "
+        "computes, with which lambda, and what differs from the paper. This imports the file and "
+        "runs its code.",
+    )
+    parser.set_defaults(run=run_identify)
+    parser.add_argument(
+        "module",
+        metavar="FILE.py:CLASS",
+        help="a class of nn.Module in a file; arguments of its constructor are literals in "
+        "parentheses: 'FILE.py:CLASS(64, e_lambda=0.1)'",
     )
 
 

@@ -11,7 +11,7 @@ from torch.jit import ScriptModule
 from ..hosts import is_host
 from ..messages import first_few, table
 from .convolutions import is_convolution, parts_of_adapters, plain_class
-from .existing import ExistingSimAM, existing_beside
+from .existing import ExistingSimAM, existing_beside, find_layers
 from .own_forward import behind_convolution
 from .place import PLACES
 from .rule import Insertion, Unanalysed, describe_host, find_insertions
@@ -29,6 +29,7 @@ __all__ = [
     "list_unanalysed",
     "match_globs",
     "plan",
+    "select",
 ]
 
 Selector: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -131,7 +132,7 @@ def plan(
     if exclude is not None:
         paths = [i.path for i in planned] + [u.block for u in planned.unanalysed]
         paths += [e.block for e in planned.existing]
-        left_out = _select(
+        left_out = select(
             exclude, {p: model.get_submodule(p) for p in paths}, "exclude", "the planned insertions"
         )
         unanalysed = [u for u in planned.unanalysed if u.block not in left_out]
@@ -177,14 +178,15 @@ def _selected(model: nn.Module, where: Selector) -> Plan:
     inner |= parts_of_adapters(model)
     modules = {path: m for path, m in model.named_modules() if m not in inner}
     convolutions = {path: m for path, m in modules.items() if is_convolution(m)}
-    chosen = _select(where, modules, "where", "the model's modules", convolutions)
+    chosen = select(where, modules, "where", "the model's modules", convolutions)
     insertions = []
     for path, module in modules.items():
         if path in chosen:
             reason = "selected by where=" + _behind(module)
             block = path.rpartition(".")[0]
             insertions.append(Insertion(path, block, describe_host(module), reason))
-    existing = [each for insertion in insertions for each in existing_beside(model, insertion.path)]
+    layers = find_layers(model)
+    existing = [each for i in insertions for each in existing_beside(model, i.path, layers)]
     return Plan(insertions, existing=existing)
 
 
@@ -198,7 +200,7 @@ def _behind(host: nn.Module) -> str:
     return f"; behind {', '.join(behind.names)} of this {kind}" if behind.names else ""
 
 
-def _select(
+def select(
     selector: Selector,
     modules: Mapping[str, nn.Module],
     argument: str,

@@ -87,8 +87,11 @@ def existing_in_branch(
     return [ExistingSimAM(path, *each) for each in present.items()]
 
 
-def existing_beside(model: nn.Module, host: str) -> list[ExistingSimAM]:
-    """The SimAM in the residual block of a host that `where=` selects, or behind it."""
+def existing_beside(model: nn.Module, host: str, layers: dict[str, str]) -> list[ExistingSimAM]:
+    """The SimAM in the block of a host that `where=` selects, or behind it in its Sequential.
+
+    The block is not traced: it is the innermost module that may be residual.
+    """
     around = [host[:i] for i, c in enumerate(f"{host}.") if c == "."][::-1]
     around += [""] * bool(host)
     is_block = [may_be_residual(model.get_submodule(path)) for path in around]
@@ -96,7 +99,7 @@ def existing_beside(model: nn.Module, host: str) -> list[ExistingSimAM]:
     behind = _behind_in_sequential(model, host)
     present = {
         path: reason
-        for path, reason in find_layers(model).items()
+        for path, reason in layers.items()
         if any(is_within(path, block) for block in around[-1:])
         or any(path == other or is_within(path, other) for other in behind)
     }

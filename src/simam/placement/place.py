@@ -90,9 +90,9 @@ def _norm_behind(graph: BlockGraph, convolution: fx.Node) -> str:
     value = convolution
     while True:
         users = graph.users(value)
-        for path in graph.trace.callers[users[0]] if users else ():
-            runs_all = all(path in graph.trace.callers[user] for user in users)
-            if runs_all and _is_norm(graph.modules[path]):
+        for path in graph.trace.callers[users[0]]:
+            runs_all_users = all(path in graph.trace.callers[user] for user in users)
+            if runs_all_users and _is_norm(graph.modules[path]):
                 return path
         if len(users) != 1:
             raise NoHostError(f"{convolution.target} is followed by {len(users)} operations")
@@ -100,7 +100,8 @@ def _norm_behind(graph: BlockGraph, convolution: fx.Node) -> str:
         if "norm" in name:
             raise NoHostError(f"{convolution.target} is followed by a functional norm, no module")
         if name not in ("cat", "concat") and not _is_any_of(_TRANSPARENT, name):
-            raise NoHostError(f"{convolution.target} is not followed by a norm, but by {name}")
+            what = name or "the end of the block"
+            raise NoHostError(f"{convolution.target} is not followed by a norm, but by {what}")
         value = users[0]
 
 

@@ -103,10 +103,10 @@ def find_insertions(
     unanalysed = [
         u for u in unanalysed if u.block not in containers and (u.block or not insertions)
     ]
-    # A block with a host at the end of one branch needs none in a branch within that branch.
-    with_host = {insertion.block for insertion in insertions.values()}
-    unanalysed += [u for u in without_host if u.block not in with_host]
     found = [insertions[path] for path in paths.values() if path in insertions]
+    # Sums within a branch may have no host at a later place, where the sum at its end has one.
+    served = {insertion.block for insertion in found} if place != "conv" else set()
+    unanalysed += [u for u in dict.fromkeys(without_host) if u.block not in served]
     return found, unanalysed, list(dict.fromkeys(existing))
 
 
