@@ -9,14 +9,12 @@ biased variance s_t^2 of the other M - 1 neurons,
 
     1 / e* = (t - mu_t)^2 / (4 (s_t^2 + lambda)) + 1/2,    output = t sigmoid(1 / e*).
 
-1 / e* does not change when d and sqrt(lambda) are divided by the same number. Divided by 32 times
-(mean |d| + sqrt(lambda)), they and their squares stay within the range of float16, to which people
-convert exported graphs. Let z be the scaled d, lambda_z the scaled lambda, V the mean of z^2,
-r = 1 / (M - 1) and k = 1 + r. The other neurons' statistics follow from the channel's own: t - mu_t
-is k z and s_t^2 is k (V - r z^2). Shared statistics, which the authors ship, are z and k V. So
-
-    1 / e* = z^2 / (4 k (V + lambda_z / k)) + 1/2          with shared statistics,
-    1 / e* = k z^2 / (4 (V - r z^2 + lambda_z / k)) + 1/2  with leave-one-out statistics.
+Dividing d and sqrt(lambda) by the same number does not change 1 / e*. Here that number is
+32 (mean |d| + sqrt(lambda)), so no intermediate result leaves the range of float16, to which
+people convert exported graphs; z is the scaled d, lambda_z the scaled lambda. With V the mean of
+z^2 and r = 1 / (M - 1), leave-one-out statistics follow from the channel's own:
+t - mu_t becomes z (1 + r) and s_t^2 becomes (V - r z^2) (1 + r). Shared statistics, which the
+authors ship, are z and V (1 + r).
 """
 
 import math
@@ -46,20 +44,20 @@ def backward(grad_output: Tensor, x: Tensor, e_lambda: float, statistics: str) -
     """Compute the gradient of `forward` with respect to x; the result is differentiable."""
     wide, g = _widen(x), _widen(grad_output)
     dims, r = _channel_size(wide)
-    k = 1 + r
     z, scale, lambda_z = _scaled_deviations(wide, dims, e_lambda)
-    square = z * z
-    mean_sq = square.mean(dims, keepdim=True)
+    mean_sq = (z * z).mean(dims, keepdim=True)
     # u = 1 / e* - 1/2, and its partial derivatives with respect to z and V.
     if statistics == "shared":
-        v = mean_sq + lambda_z / k
-        u = square / (4 * k * v)
-        u_z = z / (2 * k * v)
+        q = 0.25 / (mean_sq * (1 + r) + lambda_z)
+        u = z * z * q
+        u_z = 2 * z * q
+        u_v = -4 * (1 + r) * q * u
     else:
-        v = _leave_out(mean_sq, square, r) + lambda_z / k
-        u = k * square / (4 * v)
-        u_z = k * z / (2 * v) * (1 + r * square / v)
-    u_v = -u / v
+        z_others, variance = _leave_one_out(z, mean_sq, r)
+        v = variance + lambda_z
+        u = z_others * z_others / (4 * v)
+        u_z = z_others / (2 * v) * (1 + r + r * z_others * z_others / v)
+        u_v = -(1 + r) * u / v
     gate = torch.sigmoid(u + 0.5)
     g_u = g * wide * gate * (1 - gate)
     g_z = g_u * u_z + 2 * z * (g_u * u_v).mean(dims, keepdim=True)
@@ -90,22 +88,23 @@ def gate_bounds(positions: int, statistics: str) -> tuple[float, float]:
 
 def _inverse_energy(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     dims, r = _channel_size(x)
-    # The constants are floats, because ExecuTorch converts integers where the graph runs.
-    k = 1.0 + r
     z, _, lambda_z = _scaled_deviations(x, dims, e_lambda)
     square = z * z
     mean_sq = square.mean(dims, keepdim=True)
+    # The constants are floats, because some exporters convert an integer where the graph runs.
     if statistics == "shared":
-        return square / ((mean_sq + lambda_z / k) * (4.0 * k)) + 0.5
-    return square * (0.25 * k) / (_leave_out(mean_sq, square, r) + lambda_z / k) + 0.5
+        return square / (4.0 * (mean_sq * (1.0 + r) + lambda_z)) + 0.5
+    z_others, variance = _leave_one_out(z, mean_sq, r)
+    return z_others * z_others / (4.0 * (variance + lambda_z)) + 0.5
 
 
-def _leave_out(mean_sq: Tensor, square: Tensor, r: float) -> Tensor:
-    """Compute V - r z^2."""
-    rest = mean_sq - square * r
+def _leave_one_out(z: Tensor, mean_sq: Tensor, r: float) -> tuple[Tensor, Tensor]:
+    """Compute the scaled t - mu_t and s_t^2, the statistics of the channel's other neurons."""
+    rest = mean_sq - z * z * r
     # Where one neuron holds nearly all of V, cancellation may make the difference negative.
     # clamp() would zero the gradient here; subtracting the detached negative part keeps it.
-    return rest - rest.clamp_max(0.0).detach()
+    rest = rest - rest.clamp_max(0.0).detach()
+    return z * (1.0 + r), rest * (1.0 + r)
 
 
 def _scaled_deviations(
@@ -145,7 +144,7 @@ def _channel_size(x: Tensor) -> tuple[list[int], float]:
         return dims, 1 / (positions - 1 + 1 // positions)
     else:  # noqa: RET505 - an explicit branch, which TorchScript skips
         # While tracing, sizes are tensors. The shape as one tensor costs an ONNX graph one Shape.
-        # Core ML knows neither prod() nor ones(()).
+        # Core ML reads neither prod() nor ones(()).
         shape: Any = torch._shape_as_tensor(x)
         count = shape[2]
         for dim in range(3, x.dim()):

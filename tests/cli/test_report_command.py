@@ -389,7 +389,7 @@ def test_report_suggests_another_input_size(capsys: Capture) -> None:
 
 def test_command_refuses_unknown_commands(capsys: Capture) -> None:
     message = error_message(capsys, "rapport")
-    choice = r"argument COMMAND: invalid choice: 'rapport' \(choose from '?report'?, '?maps'?\)"
+    choice = r"argument COMMAND: invalid choice: 'rapport' \(choose from '?report'?, '?maps'?, '?id"
     assert re.match(choice, message)
 
 
