@@ -43,7 +43,7 @@ def energy(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
 def backward(grad_output: Tensor, x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     """Compute the gradient of `forward` with respect to x; the result is differentiable."""
     wide, g = _widen(x), _widen(grad_output)
-    dims, r = _channel_size(x)
+    dims, r = _channel_size(wide)
     z, scale, lambda_z = _scaled_deviations(wide, dims, e_lambda)
     mean_sq = (z * z).mean(dims, keepdim=True)
     # u = 1 / e* - 1/2, and its partial derivatives with respect to z and V.
@@ -103,7 +103,7 @@ def _leave_one_out(z: Tensor, mean_sq: Tensor, r: float) -> tuple[Tensor, Tensor
     rest = mean_sq - z * z * r
     # Where one neuron holds nearly all of V, cancellation may make the difference negative.
     # clamp() would zero the gradient here; subtracting the detached negative part keeps it.
-    rest = rest - rest.clamp_max(0).detach()
+    rest = rest - rest.clamp_max(0.0).detach()
     return z * (1.0 + r), rest * (1.0 + r)
 
 
@@ -144,5 +144,9 @@ def _channel_size(x: Tensor) -> tuple[list[int], float]:
         return dims, 1 / (positions - 1 + 1 // positions)
     else:  # noqa: RET505 - an explicit branch, which TorchScript skips
         # While tracing, sizes are tensors. The shape as one tensor costs an ONNX graph one Shape.
-        count: Any = torch._shape_as_tensor(x)[2:].prod()
-        return dims, torch.ones((), dtype=x.dtype) / (count - (count > 1).long())
+        # Core ML reads neither prod() nor ones(()).
+        shape: Any = torch._shape_as_tensor(x)
+        count = shape[2]
+        for dim in range(3, x.dim()):
+            count = count * shape[dim]
+        return dims, torch.scalar_tensor(1.0, dtype=x.dtype) / (count - (count > 1).long())

@@ -1,5 +1,6 @@
 """Attached networks through torch.export and ONNX, at other batch and image sizes."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch.export import Dim
 
 from simam import attach
 from tests.helpers.by_hand import HOSTS, example, networks, plain
+from tests.helpers.tiny_blocks import basic
 
 # These compute their padding from the size, on which torch.export spends minutes.
 SIZE_IS_FIXED = {name for name in HOSTS if name.startswith("timm/tf_")}
@@ -59,3 +61,36 @@ def test_onnx_matches_eager_at_other_sizes(name: str, tmp_path: Path) -> None:
             expected = model(images)
         scale = float(expected.abs().max())
         torch.testing.assert_close(torch.from_numpy(output), expected, rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning",
+    "ignore:The feature will be removed:DeprecationWarning",
+)
+def test_onnx_of_the_legacy_exporter_matches_eager_at_other_sizes() -> None:
+    onnx = pytest.importorskip("onnx", reason="reads the exported network")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="runs the exported network")
+    model = attach(nn.Sequential(basic(), basic()).eval(), e_lambda=0.1)
+    sizes = {"images": {0: "batch", 2: "height", 3: "width"}}
+    for axes, shapes in ((None, [(2, 8, 9, 7)]), (sizes, [(1, 8, 12, 5), (3, 8, 1, 1)])):
+        file = io.BytesIO()
+        torch.onnx.export(
+            model,
+            (torch.randn(2, 8, 9, 7),),
+            file,
+            dynamo=False,
+            input_names=["images"],
+            dynamic_axes=axes,
+        )
+        nodes = [node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node]
+        # One for each of the two layers.
+        assert nodes.count("Shape") == (2 if axes else 0)
+        assert axes or "Cast" not in nodes
+
+        providers = ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(file.getvalue(), providers=providers)
+        for shape in shapes:
+            images = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+            (output,) = session.run(None, {"images": images.numpy()})
+            with torch.no_grad():
+                torch.testing.assert_close(torch.from_numpy(output), model(images))

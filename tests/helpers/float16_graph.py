@@ -18,14 +18,13 @@ OPERATORS: dict[str, Callable[..., np.ndarray]] = {
     "Clip": lambda x, low, high=None: np.clip(x, low, high),
     "Constant": numpy_helper.to_array,
     "Div": np.divide,
+    "Gather": lambda x, indices, axis: np.asarray(x[indices]),
     "Greater": np.greater,
     "Mul": np.multiply,
     "ReduceMean": lambda x, axes, keepdims: x.mean(tuple(axes), keepdims=bool(keepdims)),
-    "ReduceProd": lambda x, keepdims: x.prod(keepdims=bool(keepdims)),
     "ReduceSum": lambda x, axes, keepdims: x.sum(tuple(axes), keepdims=bool(keepdims)),
     "Shape": lambda x: np.array(x.shape),
     "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-    "Slice": lambda x, starts, ends, axes, steps: x[starts.item() :],
     "Sub": np.subtract,
 }
 

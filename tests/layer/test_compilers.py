@@ -115,6 +115,18 @@ def test_SimAM_exports_with_dynamic_batch_and_size(statistics: str, device: torc
         torch.testing.assert_close(program.module()(x), layer(x))
 
 
+@both_statistics
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_SimAM_exported_graph_has_no_conversion(statistics: str, dtype: torch.dtype) -> None:
+    program = export(SimAM(statistics=statistics), (normal(2, 3, 4, 5).to(dtype),))
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert not [target for target in targets if "to" in target.split(".") or "copy" in target]
+    # ExecuTorch leaves the sum to slower code, and an integer is converted where the graph runs.
+    assert "aten.sum.dim_IntList" not in targets
+    numbers = {type(arg) for node in program.graph.nodes for arg in node.args}
+    assert int not in numbers
+
+
 @each_implementation
 @both_statistics
 def test_SimAM_exports_within_a_network(statistics: str) -> None:
