@@ -298,7 +298,7 @@ def test_train_with_the_recipe_keeps_simam(name: str, data: str, record: Record)
     with torch.no_grad(), seen_by_head(folded) as seen:
         folded(x)
         differences = compare_all(seen, best)
-    save(record, "`train`, as below", name, differences)
+    save(record, "`train` with `SimAMTrainer`", name, differences)
 
 
 def test_train_from_a_saved_network_needs_the_recipe_again(data: str) -> None:
