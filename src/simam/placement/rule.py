@@ -48,11 +48,12 @@ class Insertion:
 
 @dataclass(frozen=True)
 class Unanalysed:
-    """A block that may be residual but could not be traced, so that it gets no SimAM.
+    """A block that may be residual, but could not be traced or has no host. It gets no SimAM.
 
     Attributes:
         block (str): the path of the block; "" is the model itself.
-        reason (str): the class of the block, and the error that stopped the trace.
+        reason (str): the class of the block, and the error that stopped the trace, or why no module
+            can be the host.
     """
 
     block: str
