@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 
 from .hosts import is_host
-from .identify.examination import examine
-from .identify.subject import hooks_of
 from .messages import first_few
 from .module import SimAM
 from .placement import Selector, check_module, select
@@ -138,6 +136,10 @@ def _ranks_of_input(model: nn.Module) -> set[int]:
 
 def _replacement(module: nn.Module, ranks: set[int]) -> tuple[SimAM | None, str]:
     """Return the layer that computes the same, or the reason why there is none."""
+    # Late, because few programs that import simam need them.
+    from .identify.examination import examine
+    from .identify.subject import hooks_of
+
     if isinstance(module, ScriptModule):
         return None, "it is a TorchScript module"
     if hooks_of(module):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..messages import table
-from .examination import examine
 
 __all__ = ["Identification", "identify"]
 
@@ -81,5 +80,7 @@ def identify(module: nn.Module) -> Identification:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected an nn.Module, got {type(module).__name__}")
+    from .examination import examine  # late, because few programs that import simam need it
+
     verdict = examine(module)
     return Identification(verdict.formula, verdict.e_lambda, verdict.max_error, verdict.difference)
