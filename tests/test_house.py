@@ -16,7 +16,7 @@ LAYERS = [
     {"kernels"},
     {"reference", "masked", "ops"},
     {"functional"},
-    {"module"},
+    {"module", "guards"},
     {"hosts", "identify"},
     {"placement"},
     {"attach", "convert", "checkpoints", "models", "recalibrate", "attention_maps"},
@@ -26,6 +26,7 @@ LAYERS = [
 ]
 WITHIN_A_LAYER = {
     ("weights_file", "state_dict"),
+    ("masked", "reference"),
     ("ops", "reference"),
     ("models", "attach"),
     ("models", "checkpoints"),

@@ -1,12 +1,13 @@
 """The change of class that makes a module the host of a SimAM layer, as parametrizations do it.
 
 A host gets a child `simam` and a subclass of its own class whose forward passes the output through
-that child. Other code may rebuild, fold or copy a host; it must not lose SimAM without an error.
+that child. Other code may rebuild, fold or copy a host; it must not lose SimAM without an error:
+`guards` recognises such code.
 """
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, update_wrapper
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -14,27 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .guards import (
+    FUSED_FORWARDS,
+    WATCHED,
+    check_reader,
+    replaces_forward,
+    unloads_adapters,
+)
 from .module import SimAM
 
-# The names in code that folds a norm, and in code that folds a module by the module's own method.
-_READ_TO_FOLD = frozenset({"weight", "running_var", "eps"})
-_FUSED_FORWARDS = frozenset({"forward_fuse", "fuseforward"})
-# What an adapter reads of the layer that it adapts; and the functions of peft that put this layer
-# in the place of the adapter.
-_READ_TO_ADAPT = frozenset({"weight", "base_layer"})
-_WATCHED = _READ_TO_FOLD | _READ_TO_ADAPT
-_UNLOADING = frozenset({"_unload_and_optionally_merge", "unload_and_optionally_merge_module"})
-
-_FOLDING = (
-    "cannot fold or convert this {}: its output passes through SimAM, which would be lost or "
-    "misplaced. Nothing has been changed. Fold or convert before simam.attach, or a copy after "
-    "simam.detach"
-)
-_ADAPTING = (
-    "cannot adapt this {}: SimAM is attached to it, so that an adapter would act behind SimAM, but "
-    "before it once it is merged. The layer has not been changed. Adapt first and attach then: "
-    "simam.detach(model), get_peft_model(model, config), simam.attach(model)"
-)
 _NEW_BIAS = (
     "cannot give this convolution a bias, as folding a batch norm into it does, because SimAM "
     "comes between the two. Fold before simam.attach, or fold a copy after simam.detach. If the "
@@ -45,12 +34,6 @@ _NEW_BIAS = (
 def is_host(module: object) -> bool:
     """Return whether `insert` made the module a host."""
     return isinstance(module, _Host)
-
-
-def is_adapter(module: object) -> bool:
-    """Return whether the module is an adapter of peft, such as LoRA, around its `base_layer`."""
-    is_module = isinstance(module, nn.Module) and hasattr(type(module), "get_base_layer")
-    return is_module and isinstance(getattr(module, "base_layer", None), nn.Module)
 
 
 def insert(host: nn.Module, layer: SimAM) -> None:
@@ -67,9 +50,8 @@ def hide_norm(parent: nn.Module) -> None:
     export. A module of another kind is left as it is.
     """
     children = parent._modules
-    is_foldable = _replaces_forward(dir(type(parent)))
     is_pair = "bn" in children and (is_host(children.get("conv")) or is_host(children["bn"]))
-    if is_foldable and is_pair and not isinstance(parent, _NormHidden):
+    if _can_be_folded(parent) and is_pair and not isinstance(parent, _NormHidden):
         _change_class(parent, _norm_hidden_class)
 
 
@@ -79,8 +61,7 @@ def fold_once(module: nn.Module) -> None:
     Ultralytics 8.3 folds a network again while it has ten norms, and such a block fails then. The
     norms that `hide_norm` keeps count. A module of another kind is left as it is.
     """
-    kind = type(module)
-    if _replaces_forward(dir(kind)) and hasattr(kind, "fuse") and not is_changed(module):
+    if _can_be_folded(module) and hasattr(type(module), "fuse") and not is_changed(module):
         _change_class(module, _folded_once_class)
 
 
@@ -99,6 +80,10 @@ def undo(module: Any) -> None:
     if is_host(module):
         del module.simam
     module.__class__ = module.plain_class
+
+
+def _can_be_folded(module: nn.Module) -> bool:
+    return any(hasattr(type(module), name) for name in FUSED_FORWARDS)
 
 
 def _change_class(module: Any, make_class: Callable[[Any], type]) -> None:
@@ -134,23 +119,9 @@ class _Host(_Changed):
     forward_code: CodeType | None
 
     def __getattr__(self, name: str) -> Any:
-        if name in _WATCHED and not torch.compiler.is_compiling():  # compiled code has no frames
-            self._check_reader(name, sys._getframe(1))
+        if name in WATCHED and not torch.compiler.is_compiling():  # compiled code has no frames
+            check_reader(self, name, sys._getframe(1))
         return super().__getattr__(name)
-
-    def _check_reader(self, name: str, reader: FrameType) -> None:
-        """Refuse code that reads an attribute in order to fold, convert or adapt this module."""
-        if reader.f_code is self.forward_code:
-            return
-        owner = reader.f_locals.get("self")
-        if owner is self:
-            return
-        # Code that folds a norm into a convolution, or converts a norm, reads the weight and the
-        # statistics in one function, whatever it does with the result.
-        if name in _READ_TO_FOLD and _READ_TO_FOLD.issubset(reader.f_code.co_names):
-            raise RuntimeError(_FOLDING.format(self.plain_class.__name__))
-        if name in _READ_TO_ADAPT and _adapts(owner, self):
-            raise RuntimeError(_ADAPTING.format(self.plain_class.__name__))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         # Assignment of a parameter calls this, too. A convolution before a batch norm usually has
@@ -166,10 +137,16 @@ class _NormHidden(_Changed):
     def __getattr__(self, name: str) -> Any:
         # Code that folds in this way asks for a norm and replaces forward by forward_fuse, in one
         # function. It skips a module that has no norm.
-        has_host = any(map(is_host, self._modules.values()))
-        if name == "bn" and has_host and _caller_names(_replaces_forward):
+        if (
+            name == "bn"
+            and not torch.compiler.is_compiling()
+            and self._is_hidden_from(sys._getframe(1))
+        ):
             raise AttributeError("SimAM comes between this norm and its convolution")
         return super().__getattr__(name)
+
+    def _is_hidden_from(self, reader: FrameType) -> bool:
+        return replaces_forward(reader) and any(map(is_host, self._modules.values()))
 
 
 class _FoldedOnce(_Changed):
@@ -180,17 +157,6 @@ class _FoldedOnce(_Changed):
         if "forward" not in vars(self):
             return super().fuse(*args, **kwargs)  # type: ignore[misc]
         return None
-
-
-def _replaces_forward(names: Iterable[str]) -> bool:
-    return not _FUSED_FORWARDS.isdisjoint(names)
-
-
-def _caller_names(is_suspicious: Callable[[tuple[str, ...]], bool]) -> bool:
-    """Return whether the code that reads an attribute uses suspicious names."""
-    if torch.compiler.is_compiling():  # compiled code folds nothing, and has no frames
-        return False
-    return is_suspicious(sys._getframe(2).f_code.co_names)
 
 
 @cache
@@ -206,7 +172,7 @@ def _host_class(plain_class: Any) -> type:
     # Folding puts one of these methods in the place of `forward`.
     members |= {
         name: _then_simam(getattr(plain_class, name))
-        for name in _FUSED_FORWARDS
+        for name in FUSED_FORWARDS
         if hasattr(plain_class, name)
     }
     if hasattr(plain_class, "get_base_layer"):
@@ -232,16 +198,11 @@ def _then_simam(plain_forward: Callable[..., Any]) -> Callable[..., Any]:
 def _get_base_layer(self: Any) -> Any:
     """Return the layer inside an adapter; if it is to replace the adapter, with SimAM."""
     base_layer = self.plain_class.get_base_layer(self)
-    if sys._getframe(1).f_code.co_name in _UNLOADING:
+    if unloads_adapters(sys._getframe(1)):
         layer, self.is_unloaded = self.simam, True
         undo(self)
         insert(base_layer, layer)
     return base_layer
-
-
-def _adapts(module: Any, host: nn.Module) -> bool:
-    """Return whether a module is an adapter of a host, and not one that the host has left."""
-    return is_adapter(module) and module.base_layer is host and not hasattr(module, "is_unloaded")
 
 
 @cache

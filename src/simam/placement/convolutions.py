@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..hosts import is_adapter
+from ..guards import is_adapter
 
 
 def is_convolution(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..hosts import is_adapter
+from ..guards import is_adapter
 from ..messages import one_line
 from ..module import SimAM
 from .candidates import may_be_residual
