@@ -8,26 +8,28 @@ positions of a sample. To a position that is not counted, all counted ones are t
 import torch
 from torch import Tensor
 
+from .reference import narrow, widen
+
 
 def forward(x: Tensor, mask: Tensor, e_lambda: float, statistics: str) -> Tensor:
     """Compute x times its gate, in x's dtype."""
-    wide = _widen(x)
+    wide = widen(x)
     usable = mask | wide.isfinite()
     finite = torch.where(usable, wide, 0.0)
     gate = _gate(finite, mask, e_lambda, statistics)
     # NaN and inf outside the mask must not reach counted positions through the gradient either.
-    return torch.where(usable, finite * gate, wide * gate.detach()).to(x.dtype)
+    return narrow(torch.where(usable, finite * gate, wide * gate.detach()), x)
 
 
 def attention(x: Tensor, mask: Tensor, e_lambda: float, statistics: str) -> Tensor:
     """Compute the gate sigmoid(1 / e*), in x's dtype."""
-    return _gate(_widen(x), mask, e_lambda, statistics).to(x.dtype)
+    return narrow(_gate(widen(x), mask, e_lambda, statistics), x)
 
 
 def energy(x: Tensor, mask: Tensor, e_lambda: float, statistics: str) -> Tensor:
     """Compute the minimal energy e*, in x's dtype."""
-    ratio = _ratio(_widen(x), mask, e_lambda, statistics)
-    return (ratio * ratio + 0.5).reciprocal().to(x.dtype)
+    ratio = _ratio(widen(x), mask, e_lambda, statistics)
+    return narrow((ratio * ratio + 0.5).reciprocal(), x)
 
 
 def _gate(x: Tensor, mask: Tensor, e_lambda: float, statistics: str) -> Tensor:
@@ -63,7 +65,3 @@ def _ratio(x: Tensor, mask: Tensor, e_lambda: float, statistics: str) -> Tensor:
 def _sum(x: Tensor, mask: Tensor, dims: list[int]) -> Tensor:
     """Sum the counted positions of every channel."""
     return torch.where(mask, x, 0.0).sum(dims, keepdim=True)
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

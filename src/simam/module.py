@@ -16,6 +16,7 @@ class SimAM(nn.Module):
 
     A drop-in for the authors' module and for timm's `attn_layer=`. The layer has no parameters
     and no buffers, so a network with SimAM loads the weights of the same network without SimAM.
+    Calling the layer takes x and, for padded batches, a mask.
 
     Args:
         channels (int, optional): ignored, because channels are independent; accepted because

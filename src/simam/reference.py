@@ -26,23 +26,23 @@ from torch import Tensor
 
 def forward(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     """Compute x times its gate, in x's dtype."""
-    wide = _widen(x)
-    return _narrow(wide * torch.sigmoid(_inverse_energy(wide, e_lambda, statistics)), x)
+    wide = widen(x)
+    return narrow(wide * torch.sigmoid(_inverse_energy(wide, e_lambda, statistics)), x)
 
 
 def attention(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     """Compute the gate sigmoid(1 / e*), in x's dtype."""
-    return _narrow(torch.sigmoid(_inverse_energy(_widen(x), e_lambda, statistics)), x)
+    return narrow(torch.sigmoid(_inverse_energy(widen(x), e_lambda, statistics)), x)
 
 
 def energy(x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     """Compute the minimal energy e*, in x's dtype."""
-    return _narrow(_inverse_energy(_widen(x), e_lambda, statistics).reciprocal(), x)
+    return narrow(_inverse_energy(widen(x), e_lambda, statistics).reciprocal(), x)
 
 
 def backward(grad_output: Tensor, x: Tensor, e_lambda: float, statistics: str) -> Tensor:
     """Compute the gradient of `forward` with respect to x; the result is differentiable."""
-    wide, g = _widen(x), _widen(grad_output)
+    wide, g = widen(x), widen(grad_output)
     dims, r = _channel_size(wide)
     z, scale, lambda_z = _scaled_deviations(wide, dims, e_lambda)
     mean_sq = (z * z).mean(dims, keepdim=True)
@@ -61,7 +61,7 @@ def backward(grad_output: Tensor, x: Tensor, e_lambda: float, statistics: str) -
     gate = torch.sigmoid(u + 0.5)
     g_u = g * wide * gate * (1 - gate)
     g_z = g_u * u_z + 2 * z * (g_u * u_v).mean(dims, keepdim=True)
-    return _narrow(g * gate + (g_z - g_z.mean(dims, keepdim=True)) / scale, x)
+    return narrow(g * gate + (g_z - g_z.mean(dims, keepdim=True)) / scale, x)
 
 
 def gate_bounds(positions: int, statistics: str) -> tuple[float, float]:
@@ -124,11 +124,13 @@ def _scaled_deviations(
 
 
 # A float32 or float64 graph must not hold conversions: exporters keep even those without effect.
-def _widen(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
+    """Return x in the dtype to compute in: float64 as it is, anything else in float32."""
     return x if x.dtype == torch.float32 or x.dtype == torch.float64 else x.float()
 
 
-def _narrow(wide: Tensor, x: Tensor) -> Tensor:
+def narrow(wide: Tensor, x: Tensor) -> Tensor:
+    """Return a result in x's dtype."""
     return wide if wide.dtype == x.dtype else wide.to(x.dtype)
 
 
