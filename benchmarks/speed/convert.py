@@ -8,7 +8,6 @@ import copy
 import itertools
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,7 +18,7 @@ from simam.messages import table
 
 from .models import infer, train
 from .op import formula
-from .options import require_packages
+from .options import add_timing_options, require_packages
 from .timing import (
     Call,
     interleave,
@@ -30,7 +29,6 @@ from .timing import (
     write_results,
 )
 
-RESULTS = Path(__file__).parent / "results"
 TASKS = (("inference", 1, 640), ("inference", 8, 320), ("training", 8, 320))
 WIDTHS = (16, 32, 64, 128, 256)
 
@@ -167,21 +165,7 @@ def summary(cases: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.convert", description=__doc__)
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch; default: 1")
-    parser.add_argument(
-        "--seconds", type=float, default=20.0, help="time for each case; default: 20"
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        default=RESULTS / "convert.json",
-        help="file to write; default: the committed results",
-    )
-    parser.add_argument(
-        "--keep-memory",
-        action="store_true",
-        help="make malloc keep freed memory, which avoids page faults (glibc only)",
-    )
+    add_timing_options(parser, 20.0, "each case", "convert.json")
     options = parser.parse_args()
     require_packages(parser, "timm", "timm", "torchvision")
     torch.set_num_threads(options.threads)

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from . import gpu_models, gpu_op
-from .options import require_packages
+from .options import RESULTS, require_packages
 from .timing import machine_info, write_results
 
-RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[2]
 
 

@@ -7,7 +7,6 @@ import argparse
 import copy
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,7 +16,7 @@ import simam
 from simam import reference
 
 from .op import formula
-from .options import require_packages
+from .options import add_timing_options, require_packages
 from .timing import (
     Call,
     interleave,
@@ -27,7 +26,6 @@ from .timing import (
     write_results,
 )
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
 TASKS = (("inference", 1), ("inference", 8), ("training", 8))
 E_LAMBDA = 0.1
@@ -155,10 +153,7 @@ def print_case(case: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.models", description=__doc__)
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch; default: 1")
-    parser.add_argument(
-        "--seconds", type=float, default=20.0, help="time for each line of output; default: 20"
-    )
+    add_timing_options(parser, 20.0, "each line of output", "models.json")
     parser.add_argument(
         "--models",
         nargs="+",
@@ -168,17 +163,6 @@ def main() -> None:
     )
     parser.add_argument("--compiled", action="store_true", help="also time under torch.compile")
     parser.add_argument("--channels-last", action="store_true", help="also time in channels_last")
-    parser.add_argument(
-        "--json",
-        type=Path,
-        default=RESULTS / "models.json",
-        help="file to write; default: the committed results",
-    )
-    parser.add_argument(
-        "--keep-memory",
-        action="store_true",
-        help="make malloc keep freed memory, which avoids page faults (glibc only)",
-    )
     options = parser.parse_args()
     require_packages(parser, "timm", "timm", "torchvision")
     torch.set_num_threads(options.threads)

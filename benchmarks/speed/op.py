@@ -7,7 +7,6 @@ import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from simam.functional import simam
 from simam.messages import table
 
-from .options import require_packages
+from .options import add_timing_options, require_packages
 from .timing import (
     interleave,
     keep_memory,
@@ -26,7 +25,6 @@ from .timing import (
     write_results,
 )
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES = (
     "8x64x56x56",
     "32x64x56x56",
@@ -210,26 +208,9 @@ def _goal_rows(cases: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.op", description=__doc__)
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch; default: 1")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=2.0,
-        help="time for each shape, layout and pass; default: 2",
-    )
+    add_timing_options(parser, 2.0, "each shape, layout and pass", "op.json")
     parser.add_argument(
         "--shapes", nargs="+", default=SHAPES, metavar="NxCxHxW", help="default: all shapes"
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        default=RESULTS / "op.json",
-        help="file to write; default: the committed results",
-    )
-    parser.add_argument(
-        "--keep-memory",
-        action="store_true",
-        help="make malloc keep freed memory, which avoids page faults (glibc only)",
     )
     options = parser.parse_args()
     require_packages(parser, "timm", "timm", "torchvision")
