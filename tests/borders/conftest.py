@@ -15,7 +15,7 @@ OUTCOMES = ("works", "works, with a note", "refused clearly", "fails")
 
 @pytest.fixture(scope="session")
 def _recorded(request: pytest.FixtureRequest) -> Iterator[dict[str, list[dict[str, object]]]]:
-    """The cases of this session by tool; they replace those of the same tools in the file.
+    """The cases of this run of pytest by tool; they replace the same tools' cases in the file.
 
     The file stays as it is if a test has failed.
     """
