@@ -21,8 +21,8 @@ WATCHED = _READ_TO_FOLD | _READ_TO_ADAPT
 
 _FOLDING = (
     "cannot fold or convert this {}: its output passes through SimAM, which would be lost or "
-    "misplaced. Nothing has been changed. Fold or convert before simam.attach, or a copy after "
-    "simam.detach"
+    "misplaced. This module has not been changed. Fold or convert before simam.attach, or a copy "
+    "after simam.detach"
 )
 _ADAPTING = (
     "cannot adapt this {}: SimAM is attached to it, so that an adapter would act behind SimAM, but "

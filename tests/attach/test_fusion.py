@@ -208,7 +208,7 @@ def test_attached_convolution_refuses_every_fold(
 ) -> None:
     net = copy.deepcopy(net) if copied else net
     before, expected = snapshot(net), net(x)
-    with pytest.raises(RuntimeError, match=r"^cannot fold .* Nothing has been changed\."):
+    with pytest.raises(RuntimeError, match=r"^cannot fold .* This module has not been changed\."):
         fold(net[0].conv2, net[0].norm2)
     assert snapshot(net) == before
     assert torch.equal(net(x), expected)

@@ -45,7 +45,7 @@ def test_fuse_conv_bn_eval_is_refused(net: nn.Module, x: Tensor, save: Callable[
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     block = net.layer1[0]
-    with pytest.raises(RuntimeError, match=r"^cannot fold .* Nothing has been changed\."):
+    with pytest.raises(RuntimeError, match=r"^cannot fold .* This module has not been changed\."):
         fuse_conv_bn_eval(block.conv2, block.bn2)
     save("`fuse_conv_bn_eval`", "refused clearly", net(x))
 
