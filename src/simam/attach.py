@@ -20,6 +20,7 @@ from .messages import first_few
 from .module import SimAM
 from .placement import (
     PLACES,
+    Example,
     Selector,
     check_module,
     find_insertions,
@@ -39,6 +40,7 @@ def attach(
     place: str = "conv",
     where: Selector | None = None,
     exclude: Selector | None = None,
+    example: Example | None = None,
 ) -> Model:
     """Insert SimAM into a network, in place, without renaming a parameter or a buffer.
 
@@ -59,6 +61,7 @@ def attach(
             `plan`.
         where (str, iterable of str, or callable, optional): see `plan`.
         exclude (str, iterable of str, or callable, optional): see `plan`.
+        example (Tensor, tuple, or dict, optional): see `plan`.
 
     Returns:
         nn.Module: the model that was given.
@@ -84,12 +87,12 @@ def attach(
         )
     """
     SimAM(e_lambda=e_lambda, statistics=statistics)  # refuses wrong options before any change
-    planned = plan(model, place=place, where=where, exclude=exclude)
+    planned = plan(model, place=place, where=where, exclude=exclude, example=example)
     chosen = {insertion.path: model.get_submodule(insertion.path) for insertion in planned}
     for path, host in chosen.items():
         _check_attachable(path, host)
     if where is None:
-        _check_other_places(model, place)
+        _check_other_places(model, place, example)
     if planned.unanalysed:
         warnings.warn(
             "left without SimAM, because they could not be analysed: "
@@ -231,12 +234,12 @@ def _modules_beside(path: str, model: nn.Module) -> dict[str, nn.Module | None]:
         return {}
 
 
-def _check_other_places(model: nn.Module, place: str) -> None:
+def _check_other_places(model: nn.Module, place: str, example: Example | None) -> None:
     """Refuse a second SimAM in a branch that has one at another place."""
     present = attached(model).keys()
     if not present:
         return
-    hosts_at = {p: {i.path for i in find_insertions(model, p)[0]} for p in PLACES}
+    hosts_at = {p: {i.path for i in find_insertions(model, p, example)[0]} for p in PLACES}
     for other, paths in hosts_at.items():
         elsewhere = present & paths - hosts_at[place]
         if elsewhere:

@@ -323,7 +323,7 @@ HELP = "; see simam report --help"
             ["squeezenet1_1"],
             "found no place for SimAM in this SqueezeNet: no residual block whose branch holds a "
             "spatial (kernel > 1) convolution and a non-linearity. Choose hosts with "
-            "--where, for example --where 'features.*'.",
+            "--where, for example --where 'features.12.expand3x3'.",
         ),
         (
             [SMALL, "--where", "layr1.*"],

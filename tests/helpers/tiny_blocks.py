@@ -34,8 +34,8 @@ def basic(self, x):
     return (x + self.branch(x)).relu()
 
 
-def host_paths(model: nn.Module) -> list[str]:
-    return [insertion.path for insertion in plan(model)]
+def host_paths(model: nn.Module, example: object = None) -> list[str]:
+    return [insertion.path for insertion in plan(model, example=example)]
 
 
 def assert_refused(model: nn.Module) -> None:

@@ -136,8 +136,10 @@ def test_attach_refuses_networks_without_residual_branches(name: str) -> None:
     message = (
         f"found no place for SimAM in this {type(model).__name__}: no residual block whose branch "
         "holds a spatial (kernel > 1) convolution and a non-linearity. "
-        "Choose hosts with where=, for example where='features.*'."
     )
+    convolutions = [p for p, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    spatial = [p for p in convolutions if max(model.get_submodule(p).kernel_size) > 1]
+    message += f"Choose hosts with where=, for example where={spatial[-1]!r}." if spatial else ""
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         attach(model)  # raises the error of plan
     assert [(path, type(module)) for path, module in model.named_modules()] == before

@@ -11,6 +11,13 @@ from simam import Insertion, Plan, SimAM, attach, plan
 from tests.helpers.tiny_blocks import basic, block, conv, host_paths, snapshot
 
 
+HINT = (
+    "Give an example of the model's input to analyse such blocks by what they do: "
+    "example=torch.zeros(1, 3, 224, 224). It passes through the model once, without computing "
+    "anything"
+)
+
+
 @block
 def untraceable(self, x):
     return x + self.branch(x[: int(x.sum())])
@@ -143,7 +150,7 @@ def test_plan_refuses_a_model_without_residual_blocks() -> None:
     message = (
         "found no place for SimAM in this Sequential: no residual block whose branch holds a "
         "spatial (kernel > 1) convolution and a non-linearity. "
-        "Choose hosts with where=, for example where='features.*'."
+        "Choose hosts with where=, for example where='2'."
     )
     for verb in (plan, attach):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -157,12 +164,14 @@ def test_plan_reports_a_block_that_could_not_be_analysed() -> None:
     assert unanalysed.block == "1"
     assert unanalysed.reason.startswith("untraceable, ")
     assert "Proxy" in unanalysed.reason
-    assert str(found).endswith(f"\n\nNot analysed, so without SimAM:\n  1  {unanalysed.reason}")
+    left_out = f"\n\nNot analysed, so without SimAM:\n  1  {unanalysed.reason}\n{HINT}"
+    assert str(found).endswith(left_out)
 
 
 def test_plan_refusal_names_the_first_unanalysed_blocks() -> None:
     reason = r"\(untraceable, TypeError: [^()]*\([^()]*\)[^()]*\)"
-    message = rf"Could not analyse 0 {reason}, 1 {reason}, 2 {reason}, and 2 more\.$"
+    listed = rf"Could not analyse 0 {reason}, 1 {reason}, 2 {reason}, and 2 more"
+    message = rf"{listed}\. {re.escape(HINT)}\.$"
     with pytest.raises(ValueError, match=message):
         plan(nn.Sequential(*(untraceable() for _ in range(5))))
 

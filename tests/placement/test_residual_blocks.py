@@ -149,7 +149,8 @@ def pyramid(self, features):
 def resolutions(self, features):
     fine, coarse = features[0], features[1]
     up = F.interpolate(self.conv1(coarse), scale_factor=2)
-    return [(fine + up).relu(), (self.conv2(self.conv3(fine).relu()) + coarse).relu()]
+    down = self.conv2(self.conv3(F.max_pool2d(fine, 2)).relu())
+    return [(fine + up).relu(), (down + coarse).relu()]
 
 
 @block
@@ -157,7 +158,66 @@ def without_convolutions(self, x):
     return x + self.norm(x).relu()
 
 
+@block
+def constant_of_the_dtype(self, x):
+    return self.branch(x) + self.norm.weight.view(-1, 1, 1).type_as(x)
+
+
+@block
+def constant_moved_to_the_device(self, x):
+    return self.norm.bias.view(-1, 1, 1).to(x) + self.branch(x)
+
+
+@block
+def zeros(self, x):
+    return self.branch(x) + torch.zeros_like(x) + x.new_zeros(1)
+
+
+@block
+def pyramid_of_one_input(self, x):
+    fine = self.conv1(x)
+    coarse = self.conv2(F.avg_pool2d(fine, 2).relu())
+    return fine + F.interpolate(coarse, scale_factor=2)
+
+
+@block
+def pyramid_joined_to_an_upsampled_stream(self, x):
+    coarse = F.avg_pool2d(x, 2)
+    return F.interpolate(coarse, scale_factor=2) + self.conv2(self.conv1(x).relu())
+
+
+@block
+def pixel_shuffled(self, x):
+    y = self.conv2(F.max_pool2d(self.conv1(x).relu(), 2))
+    return x + F.pixel_shuffle(y.repeat(1, 4, 1, 1), 2)
+
+
+@block
+def transposed(self, x):
+    return x + self.up(self.conv2(F.max_pool2d(self.conv1(x).relu(), 2)))
+
+
+@block
+def skip_of_a_u(self, x):
+    return x + self.conv2(self.up(F.max_pool2d(self.conv1(x).relu(), 2)))
+
+
+@block
+def folded_with_a_projection(self, x):
+    y = self.conv1(x).relu()
+    return x + (self.conv2(y) + self.point(y)).relu()
+
+
 NOT_RESIDUAL = [
+    constant_of_the_dtype,
+    constant_moved_to_the_device,
+    zeros,
+    pyramid_of_one_input,
+    pyramid_joined_to_an_upsampled_stream,
+    pixel_shuffled,
+    transposed,
+    skip_of_a_u,
+    folded_with_a_projection,
     foldable,
     foldable_branch,
     position,
@@ -178,11 +238,34 @@ NOT_RESIDUAL = [
 ]
 
 
+def parts() -> dict[str, nn.Module]:
+    """What the blocks above have beside their two convolutions."""
+    up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+    return {"conv3": conv(groups=8), "norm": nn.BatchNorm2d(8), "up": up, "point": conv(1)}
+
+
 @pytest.mark.parametrize("kind", NOT_RESIDUAL)
 def test_rule_refuses_blocks_that_are_not_residual(kind: type[Block]) -> None:
-    parts = {"conv3": conv(groups=8), "norm": nn.BatchNorm2d(8)}
-    assert_refused(kind(**parts))
-    assert host_paths(nn.ModuleList([kind(**parts), basic()])) == ["1.conv2"]
+    assert_refused(kind(**parts()))
+    assert host_paths(nn.ModuleList([kind(**parts()), basic()])) == ["1.conv2"]
+
+
+MAP, SMALL_MAP = torch.zeros(2, 8, 8, 8), torch.zeros(2, 8, 4, 4)
+EXAMPLES = {
+    inputs_without_a_common_ancestor: (MAP, MAP),
+    recurrent: (MAP, torch.zeros(2, 0, 8, 8)),
+    gated_recurrent: (MAP, torch.zeros(2, 0, 8, 8)),
+    long_short_term: (torch.zeros(2, 4, 8, 8), (torch.zeros(2, 4, 8, 8), torch.zeros(2, 2, 8, 8))),
+    pyramid: ([MAP, SMALL_MAP],),
+    resolutions: ([MAP, SMALL_MAP],),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_RESIDUAL)
+def test_rule_refuses_the_same_blocks_with_an_example(kind: type[Block]) -> None:
+    example = EXAMPLES.get(kind, MAP)
+    with pytest.raises(ValueError, match=r"^found no place for SimAM"):
+        plan(kind(**parts()), example=example)
 
 
 def test_rule_counts_a_convolution_after_attention() -> None:
@@ -263,3 +346,173 @@ def checked(self, x):
 @pytest.mark.parametrize("kind", [matched, summed_where_it_fits, checked])
 def test_rule_follows_conditions_on_shapes(kind: type[Block]) -> None:
     assert host_paths(kind()) == ["conv2"]
+
+
+@block
+def shaken(self, x):
+    y, z = self.conv1(x).relu(), self.conv3(x).relu()
+    return x + 0.5 * self.conv2(y) + 0.5 * self.conv4(z)
+
+
+@block
+def joined_by_its_input(self, x):
+    y = self.conv1(x).relu()
+    return x + (self.norm(self.conv2(y)) + y).relu()
+
+
+@pytest.mark.parametrize(
+    ("kind", "hosts"), [(shaken, ["conv2", "conv4"]), (joined_by_its_input, ["conv2"])]
+)
+@pytest.mark.parametrize("example", [None, MAP], ids=["traced", "example"])
+def test_rule_counts_a_sum_within_the_branch(
+    kind: type[Block], hosts: list[str], example: Tensor | None
+) -> None:
+    net = kind(conv3=conv(), conv4=conv(), norm=nn.BatchNorm2d(8))
+    assert host_paths(net, example) == hosts
+
+
+@block
+def upsampled_on_both_sides(self, x):
+    y = F.interpolate(self.norm(x).relu(), scale_factor=2)
+    return F.interpolate(x, scale_factor=2) + self.conv2(self.conv1(y).relu())
+
+
+@block
+def upsampled_before(self, x):
+    x = F.interpolate(x, scale_factor=2)
+    return x + self.branch(x)
+
+
+@pytest.mark.parametrize("kind", [upsampled_on_both_sides, upsampled_before])
+@pytest.mark.parametrize("example", [None, MAP], ids=["traced", "example"])
+def test_rule_counts_a_block_that_upsamples_both_sides(
+    kind: type[Block], example: Tensor | None
+) -> None:
+    net = nn.Sequential(kind(norm=nn.BatchNorm2d(8)), basic())
+    assert host_paths(net, example) == ["0.conv2", "1.conv2"]
+
+
+class Ghost(nn.Module):
+    """Where the stride is 2, the shortcut is convolution, norm, ReLU, convolution."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = conv(stride=stride), conv()
+        self.shortcut = nn.Sequential()
+        if stride > 1:
+            self.shortcut = nn.Sequential(
+                conv(stride=stride, groups=8), nn.BatchNorm2d(8), nn.ReLU(), conv(1)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.conv2(self.conv1(x).relu())
+
+
+@pytest.mark.parametrize("example", [None, MAP], ids=["traced", "example"])
+def test_rule_tells_the_branch_from_a_shortcut_by_the_other_blocks(
+    example: Tensor | None,
+) -> None:
+    net = nn.Sequential(Ghost(2), Ghost(1), Ghost(2))
+    assert host_paths(net, example) == ["0.conv2", "1.conv2", "2.conv2"]
+    assert plan(net, example=example)[0].reason == (
+        "last spatial convolution of the residual branch of Ghost"
+    )
+
+
+class SuperResolution(nn.Module):
+    """A body between a head and a tail, as in EDSR."""
+
+    def __init__(self, *, over_the_body: bool) -> None:
+        super().__init__()
+        self.head, self.body = conv(), nn.Sequential(basic(), basic())
+        self.after_body, self.up, self.tail = conv(), conv(), nn.Conv2d(2, 8, 3, padding=1)
+        self.over_the_body = over_the_body
+        self.mean = torch.ones(1, 8, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(x - self.mean.type_as(x))
+        deep = self.after_body(self.body(y))
+        y = y + deep if self.over_the_body else deep
+        large = self.tail(F.pixel_shuffle(self.up(y).relu(), 2))
+        return large + F.interpolate(x, scale_factor=2) + self.mean.type_as(x)
+
+
+@pytest.mark.parametrize("example", [None, MAP], ids=["traced", "example"])
+def test_rule_ignores_sums_over_the_resolutions_of_a_network(example: Tensor | None) -> None:
+    blocks = ["body.0.conv2", "body.1.conv2"]
+    assert host_paths(SuperResolution(over_the_body=False), example) == blocks
+    assert host_paths(SuperResolution(over_the_body=True), example) == [*blocks, "after_body"]
+
+
+@block
+def dense_stages(self, x):
+    first = self.conv1(torch.cat([x, self.body(x)], 1)).relu()
+    return x + self.conv2(torch.cat([x, first], 1)).relu()
+
+
+@block
+def recurrent_network(self, x):
+    state, flow = self.body(x), x[:, :2]
+    for _ in range(2):
+        state, change = self.update(state, flow)
+        flow = flow + change
+    return flow
+
+
+class Update(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_flow, self.mix, self.head1, self.head2 = (
+            conv(channels=2), conv(channels=16), conv(), nn.Conv2d(8, 2, 3, padding=1),
+        )  # fmt: skip
+
+    def forward(self, state: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+        state = self.mix(torch.cat([state, self.of_flow(flow).relu()], 1)).tanh()
+        return state, self.head2(self.head1(state).relu())
+
+
+@pytest.mark.parametrize("example", [None, MAP], ids=["traced", "example"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: dense_stages(body=basic(), conv1=conv(channels=16), conv2=conv(channels=16)),
+        lambda: recurrent_network(body=basic(), update=Update()),
+    ],
+    ids=["dense", "recurrent"],
+)
+def test_rule_ignores_sums_over_the_stages_of_a_network(
+    make: Callable[[], nn.Module], example: Tensor | None
+) -> None:
+    assert host_paths(make(), example) == ["body.conv2"]
+
+
+@block
+def numbered(self, features):
+    for i in range(len(features) - 1):
+        features[i] = self.conv1(features[i + 1]).relu()
+    return features
+
+
+@block
+def top_down(self, features):
+    last = self.conv1(features[-1])
+    for each in features[::-1]:
+        upsampled = F.interpolate(last, scale_factor=2)
+        last = self.conv2(each) + upsampled
+    return last.relu()
+
+
+@block
+def counted(self, features):
+    total, offset = 0, 1
+    for each in features:
+        total += len(each)
+        offset += 1
+    return self.conv1(features[offset]).relu(), total
+
+
+@pytest.mark.parametrize("kind", [numbered, top_down, counted])
+def test_plan_gives_no_false_alarm_of_sums_that_are_not_residual(kind: type[Block]) -> None:
+    planned = plan(nn.Sequential(kind(), basic()))
+    assert [i.path for i in planned] == ["1.conv2"]
+    assert planned.unanalysed == ()

@@ -5,6 +5,7 @@ import glob
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from statistics import quantiles
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import __version__
 from ..attach import attach
 from ..messages import UserError, format_shape, one_line
-from ..placement import Insertion, plan
+from ..placement import Insertion, Plan, plan
 from .models import Subject, spaced, user_errors
 from .progress import Progress
 
@@ -131,7 +132,7 @@ def measure(
     plain, inputs = subject.model, subject.inputs(shape)
     progress("planning", 0, 1)
     with user_errors():
-        planned = plan(plain, place=place, where=where, exclude=exclude)
+        planned = _plan(plain, inputs, place=place, where=where, exclude=exclude)
         shapes: dict[str, list[torch.Size]] = {insertion.path: [] for insertion in planned}
         attached = attach(
             copy.deepcopy(plain),
@@ -191,6 +192,26 @@ def measure(
             subject.library: subject.version,
         },
     )
+
+
+def _plan(model: nn.Module, inputs: tuple[Any, ...], **selection: Any) -> Plan:
+    """Plan from the code of the blocks, and with the inputs as an example where that is not enough.
+
+    Raises:
+        ValueError: neither finds a place; the error of the plan without an example.
+    """
+    failed: ValueError | None = None
+    try:
+        planned = plan(model, **selection)
+        is_enough = not any(block.needs_example for block in planned.unanalysed)
+    except ValueError as error:
+        failed, is_enough = error, False
+    if not is_enough and selection["where"] is None:
+        with suppress(ValueError):
+            return plan(model, **selection, example=inputs)
+    if failed:
+        raise failed
+    return planned
 
 
 def _measured(insertion: Insertion, shapes: Sequence[torch.Size]) -> MeasuredInsertion:

@@ -10,14 +10,16 @@ from torch.jit import ScriptModule
 
 from ..hosts import is_host
 from ..messages import first_few, table
-from .convolutions import is_convolution, parts_of_adapters, plain_class
+from .convolutions import is_convolution, is_spatial, parts_of_adapters, plain_class
 from .existing import ExistingSimAM, existing_beside, find_layers
 from .own_forward import behind_convolution
 from .place import PLACES
+from .recording import Example
 from .rule import Insertion, Unanalysed, describe_host, find_insertions
 
 __all__ = [
     "PLACES",
+    "Example",
     "ExistingSimAM",
     "Insertion",
     "Plan",
@@ -62,6 +64,7 @@ class Plan(list[Insertion]):
         if self.unanalysed:
             lines += ["", "Not analysed, so without SimAM:"]
             lines += [f"  {u.block or '(model)'}  {u.reason}" for u in self.unanalysed]
+            lines += [example_hint(self.unanalysed)] if example_hint(self.unanalysed) else []
         if self.existing:
             selected = {i.path for i in self}.issuperset(e.block for e in self.existing)
             lines += ["", f"With SimAM already{', so without a second' * (not selected)}:"]
@@ -75,6 +78,7 @@ def plan(
     place: str = "conv",
     where: Selector | None = None,
     exclude: Selector | None = None,
+    example: Example | None = None,
 ) -> Plan:
     """Show where `attach` would put SimAM, without touching or running the model.
 
@@ -122,11 +126,12 @@ def plan(
     if place not in PLACES:
         raise ValueError(f"place must be one of {', '.join(map(repr, PLACES))}, got {place!r}")
     if where is not None:
-        if place != "conv":
-            raise ValueError(f"where= names the hosts, so place={place!r} has no meaning beside it")
+        if place != "conv" or example is not None:
+            other = f"place={place!r}" if place != "conv" else "example="
+            raise ValueError(f"where= names the hosts, so {other} has no meaning beside it")
         planned = _selected(model, where)
     else:
-        planned = Plan(*find_insertions(model, place))
+        planned = Plan(*find_insertions(model, place, example))
     if not planned:
         raise ValueError(_nothing_found(model, place, planned))
     if exclude is not None:
@@ -151,7 +156,20 @@ def check_module(model: object) -> None:
 
 def list_unanalysed(unanalysed: Sequence[Unanalysed]) -> str:
     """Name the first blocks that could not be analysed, each with the reason."""
-    return first_few([f"{u.block or 'the model itself'} ({u.reason})" for u in unanalysed])
+    listed = first_few([f"{u.block or 'the model itself'} ({u.reason})" for u in unanalysed])
+    hint = example_hint(unanalysed)
+    return f"{listed}. {hint}" if hint else listed
+
+
+def example_hint(unanalysed: Sequence[Unanalysed]) -> str:
+    """Say how to have blocks analysed that cannot be traced; empty if there are none."""
+    if not any(u.needs_example for u in unanalysed):
+        return ""
+    return (
+        "Give an example of the model's input to analyse such blocks by what they do: "
+        "example=torch.zeros(1, 3, 224, 224). It passes through the model once, without computing "
+        "anything"
+    )
 
 
 def list_existing(existing: Sequence[ExistingSimAM]) -> str:
@@ -243,6 +261,14 @@ def _unmatched(asked: str, glob: str, modules: Iterable[str], of_what: str) -> V
     return ValueError(f"{asked} matches none of {of_what}{hint}")
 
 
+def _where_hint(model: nn.Module) -> str:
+    """Suggest a path of the model itself: that of its last spatial convolution."""
+    paths = [path for path, module in model.named_modules() if path and is_spatial(module)]
+    if not paths:
+        return "It has no spatial convolution at all; where= can name other modules as hosts"
+    return f"Choose hosts with where=, for example where={paths[-1]!r}"
+
+
 def _nothing_found(model: nn.Module, place: str, planned: Plan) -> str:
     kind = type(model).__name__
     if planned.existing:
@@ -256,7 +282,7 @@ def _nothing_found(model: nn.Module, place: str, planned: Plan) -> str:
         message = (
             f"found no place for SimAM in this {kind}: no residual block whose branch holds a "
             f"spatial (kernel > 1) convolution and a non-linearity{behind}. "
-            "Choose hosts with where=, for example where='features.*'."
+            f"{_where_hint(model)}."
         )
     unanalysed = planned.unanalysed
     return f"{message} Could not analyse {list_unanalysed(unanalysed)}." if unanalysed else message

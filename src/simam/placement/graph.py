@@ -10,7 +10,11 @@ from .convolutions import plain_class
 from .tracing import Trace
 
 _MULTIPLY = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+# Operations whose result depends on the shape of a tensor, but not on its values.
 _SIZES = {"size", "dim", "numel", "shape", "ndim", "dtype", "device"}
+_NEW_TENSORS = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
+# Operations that take only a shape, a dtype or a device from the tensors behind the first.
+_AS_ANOTHER = {"expand_as", "reshape_as", "to", "type_as", "view_as"}
 # Operations that may lie between the sigmoid of a gate and the product. Each takes the tensor
 # first.
 _RESHAPE = {
@@ -45,7 +49,10 @@ class Graph:
 
     def operands(self, node: fx.Node) -> list[fx.Node]:
         """The inputs of a node that depend on the module's input."""
-        return [i for i in node.all_input_nodes if i in self.ancestors]
+        inputs = node.all_input_nodes
+        if node.args and self.name(node) in _AS_ANOTHER:
+            inputs = [i for i in inputs if i is node.args[0]]
+        return [i for i in inputs if i in self.ancestors]
 
     def users(self, node: fx.Node) -> list[fx.Node]:
         """The operations on the value of a node."""
@@ -99,5 +106,8 @@ def operation(node: fx.Node) -> Any:
 
 
 def _is_size(node: fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return False
     name = node.args[1] if node.target is getattr else node.target
-    return name in _SIZES and node.op in ("call_function", "call_method")
+    name = getattr(name, "__name__", str(name))
+    return name in (*_SIZES, *_NEW_TENSORS) or name.startswith("new_")

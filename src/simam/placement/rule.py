@@ -8,7 +8,9 @@ folder for a worked example.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 
 from torch import nn
 
@@ -23,10 +25,11 @@ from .convolutions import (
     plain_class,
     within_adapters,
 )
-from .dataflow import BlockGraph, Branch
-from .existing import ExistingSimAM, existing_in_branch, find_layers, join
+from .dataflow import ADD, BlockGraph, Branch
+from .existing import ExistingSimAM, existing_in_branch, find_layers, is_within, join
 from .place import NoHostError, find_hosts
-from .tracing import traces
+from .recording import Example, Recording, holds_values, record
+from .tracing import Trace, traces
 
 
 @dataclass(frozen=True)
@@ -54,22 +57,30 @@ class Unanalysed:
         block (str): the path of the block; "" is the model itself.
         reason (str): the class of the block, and the error that stopped the trace, or why no module
             can be the host.
+        needs_example (bool): whether the block could not be traced, and no example was given.
     """
 
     block: str
     reason: str
+    needs_example: bool = False
 
 
 def find_insertions(
-    model: nn.Module, place: str
+    model: nn.Module, place: str, example: Example | None = None
 ) -> tuple[list[Insertion], list[Unanalysed], list[ExistingSimAM]]:
     """Apply the rule to every block of the model, without running or changing the model.
+
+    Args:
+        model (nn.Module): the model.
+        place (str): "conv", "norm" or "branch".
+        example (Tensor, tuple or mapping, optional): what the model takes. With it, a copy of the
+            model runs once, and the blocks are analysed by what they did.
 
     Returns:
         tuple: the insertions in the model's order; the blocks that may be residual but get no
             SimAM; and the SimAM that is there already, in blocks that get no second one.
     """
-    graphs, unanalysed = _analyse_blocks(model)
+    graphs, unanalysed = _analyse_blocks(model, example)
     blocks = _residual_blocks(graphs)
     layers = find_layers(model)
     insertions: dict[str, Insertion] = {}
@@ -111,33 +122,78 @@ def find_insertions(
     return found, unanalysed, list(dict.fromkeys(existing))
 
 
-def _analyse_blocks(model: nn.Module) -> tuple[dict[str, BlockGraph], list[Unanalysed]]:
+def _analyse_blocks(
+    model: nn.Module, example: Example | None
+) -> tuple[dict[str, BlockGraph], list[Unanalysed]]:
+    if example is None:
+        return _analyse_with(model, None)
+    recording = record(model, example, _is_leaf)
+    graphs, unanalysed = _analyse_with(model, recording)
+    if not (unanalysed and recording.reads_values):
+        return graphs, unanalysed
+    if holds_values(example):
+        return _analyse_with(model, record(model, example, _is_leaf, with_values=True))
+    why = (
+        "; and the model reads a value in Python, where the run on an example without values "
+        "stopped: give an example with values, on the CPU"
+    )
+    return graphs, [replace(u, reason=u.reason + why) for u in unanalysed]
+
+
+def _analyse_with(
+    model: nn.Module, recording: Recording | None
+) -> tuple[dict[str, BlockGraph], list[Unanalysed]]:
     graphs: dict[str, BlockGraph] = {}
     unanalysed: list[Unanalysed] = []
+    with_sums = recording.blocks_with(ADD, holds_spatial_convolution) if recording else set()
     for path, block in model.named_modules():
-        if may_be_residual(block):
+        if may_be_residual(block) or block in with_sums:
+            recorded = recording.traces(block) if recording else iter(())
             try:
-                graphs[path] = _analyse(block)
+                graphs[path] = _analyse(block, recorded)
             except Exception as error:  # the block's own code, run on symbols, may raise anything
                 kind = plain_class(block).__name__
-                unanalysed.append(Unanalysed(path, f"{kind}, {one_line(error, 100)}"))
+                reason = f"{kind}, {one_line(error, 100)}"
+                unanalysed.append(Unanalysed(path, reason, needs_example=recording is None))
     return graphs, unanalysed
 
 
 def _residual_blocks(graphs: dict[str, BlockGraph]) -> dict[str, tuple[str, list[Branch]]]:
     """The blocks that count as residual, each with the words for its branches."""
-    branches = {path: graph.residual_branches() for path, graph in graphs.items()}
-    residual_kinds = {graphs[path].kind for path, found in branches.items() if found}
+    branches = _branches_within_stages(graphs)
+    modules_of_kinds: dict[type, set[str]] = {}
+    for path, found in branches.items():
+        for branch in found:
+            targets = {str(node.target) for node in branch.nodes if node.op == "call_module"}
+            modules_of_kinds.setdefault(graphs[path].kind, set()).update(targets)
     blocks = {}
     for path, graph in graphs.items():
         name = graph.kind.__name__
+        if not branches[path] and graph.kind in modules_of_kinds:
+            branches[path] = graph.residual_branches(modules_of_kinds[graph.kind])
         if branches[path]:
             blocks[path] = (f"the residual branch of {name}", branches[path])
-        elif graph.kind in residual_kinds or _is_skipless(graph):
+        elif graph.kind in modules_of_kinds or _is_skipless(graph):
             whole = graph.whole()
             if whole and whole.last:
                 blocks[path] = (f"{name}, whose skip is off here", [whole])
     return blocks
+
+
+def _branches_within_stages(graphs: dict[str, BlockGraph]) -> dict[str, list[Branch]]:
+    """The residual branches of every block; of a network as a whole, only those within a stage.
+
+    The network is the module that holds all residual blocks, or the model itself. A sum in its own
+    code may join streams of different resolutions, fuse stages, or update a recurrent state.
+    """
+    branches = {path: graph.residual_branches() for path, graph in graphs.items()}
+    residual = [path for path, found in branches.items() if found]
+    for path in residual:
+        inner = [p.removeprefix(f"{path}.") for p in residual if is_within(p, path)]
+        if not path or len(inner) == len(residual) - 1 > 0:
+            graph = graphs[path]
+            branches[path] = [b for b in branches[path] if graph.is_within_a_stage(b, inner)]
+    return branches
 
 
 def describe_host(host: nn.Module) -> str:
@@ -147,15 +203,23 @@ def describe_host(host: nn.Module) -> str:
     return f"{kind} {kernel}".rstrip() + " with its adapter" * is_adapter(host)
 
 
-def _analyse(block: nn.Module) -> BlockGraph:
-    """The graph of the first control-flow path that is residual, or else of the first path."""
-    all_traces = traces(block, _is_leaf, lambda module: not holds_spatial_convolution(module))
+def _analyse(block: nn.Module, recorded: Iterator[Trace]) -> BlockGraph:
+    """The graph of the first call that is residual, or else of the first call.
+
+    A block without recorded calls is traced; then paths through its control flow count as calls.
+    """
+    first = next(recorded, None)
+    calls = chain([first], recorded) if first else traces(block, _is_leaf, _is_optional)
     graphs = []
-    for trace in all_traces:
-        graphs.append(BlockGraph(block, trace))
+    for call in calls:
+        graphs.append(BlockGraph(block, call))
         if graphs[-1].residual_branches():
             return graphs[-1]
     return graphs[0]
+
+
+def _is_optional(module: nn.Module) -> bool:
+    return not holds_spatial_convolution(module)
 
 
 def _is_leaf(module: nn.Module) -> bool:

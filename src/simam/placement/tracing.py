@@ -1,20 +1,19 @@
 """Trace one block of a network with torch.fx, without an input and without changing the block."""
 
-import copy
 import inspect
+import sys
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from itertools import chain
+from types import CodeType
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, fx, nn
-from torch.nn.parameter import is_lazy
+from torch import fx, nn
 
-from .. import hosts
+from .skeleton import skeleton, without_values
 
 _ATTEMPTS = 8
+_REPETITIONS = 1000  # of a condition that is taken to be true
 
 
 class Trace(NamedTuple):
@@ -44,12 +43,13 @@ def traces(
 
     Tracing enters every module except those of torch and those for which `is_leaf` is true. A
     module that cannot be traced becomes one opaque node if `is_optional` allows it. The first path
-    takes every condition to be false; each further path takes one more condition to be true.
+    takes every condition to be false; each further path takes one more condition to be true. A
+    condition is a place in the code: its answer is the same every time.
 
     Raises:
         Exception: no path can be traced; what the block's own code raised along the first path.
     """
-    block = _skeleton(block)
+    block = skeleton(block, without_values)
     parameters = inspect.signature(block.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     pending: deque[list[bool]] = deque([[]])
@@ -67,29 +67,10 @@ def traces(
             errors.append(error)
         else:
             yield Trace(graph, tracer.callers, tracer.opaque, tracer.outputs)
-        for asked in range(len(answers), tracer.asked):
+        for asked in range(len(answers), len(tracer.conditions)):
             pending.append([*answers, *[False] * (asked - len(answers)), True])
     if len(errors) == attempts:
         raise errors[0]
-
-
-def _skeleton(block: nn.Module) -> nn.Module:
-    """A copy without values, hooks and attached SimAM, in evaluation mode: safe to run."""
-    tensors = chain(block.parameters(), block.buffers())
-    clone = copy.deepcopy(block, {id(t): t if is_lazy(t) else _without_values(t) for t in tensors})
-    clone.eval()
-    for module in list(clone.modules()):
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-        if hosts.is_changed(module) and not hosts.class_was_changed_since(module):
-            hosts.undo(module)
-    return clone
-
-
-def _without_values(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    is_parameter = isinstance(tensor, nn.Parameter)
-    return nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
 
 
 class _Tracer(fx.Tracer):
@@ -101,7 +82,7 @@ class _Tracer(fx.Tracer):
     ) -> None:
         super().__init__()
         self.answers = answers
-        self.asked = 0
+        self.conditions: Counter[tuple[CodeType, int]] = Counter()
         self.is_leaf = is_leaf
         self.is_optional = is_optional
         self.callers: dict[fx.Node, tuple[str, ...]] = {}
@@ -113,8 +94,25 @@ class _Tracer(fx.Tracer):
         return self.is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        self.asked += 1
-        return self.asked <= len(self.answers) and self.answers[self.asked - 1]
+        frame = sys._getframe(1)
+        while frame.f_back and frame.f_globals["__name__"].startswith("torch.fx."):
+            frame = frame.f_back
+        condition = (frame.f_code, frame.f_lasti)
+        self.conditions[condition] += 1
+        position = list(self.conditions).index(condition)
+        answer = position < len(self.answers) and self.answers[position]
+        if answer and self.conditions[condition] > _REPETITIONS:
+            raise RuntimeError("a loop on the input does not end")
+        return answer
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        """Call the block without further arguments where its signature takes any number."""
+        function, arguments = super().create_args_for_root(*args, **kwargs)
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node.target.startswith("*"):
+                arguments = [a for a in arguments if getattr(a, "node", None) is not node]
+                self.graph.erase_node(node)
+        return function, arguments
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
