@@ -144,6 +144,17 @@ def test_plan_with_an_example_follows_any_python(kind: type[Block]) -> None:
     assert paths(nn.Sequential(conv(), kind(**parts), nn.ReLU())) == ["1.conv2"]
 
 
+@block
+def takes_any_options(self, x, *args, scale=1.0, **kwargs):
+    return x + scale * self.conv2(self.conv1(x).relu(*args, **kwargs))
+
+
+@pytest.mark.parametrize("kind", [asks_for_the_number_of_arguments, takes_any_options])
+def test_plan_traces_a_block_that_takes_any_further_arguments(kind: type[Block]) -> None:
+    assert paths(kind(), None) == ["conv2"]
+    assert paths(nn.Sequential(kind(), basic()), None) == ["0.conv2", "1.conv2"]
+
+
 class Plus(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y

@@ -351,7 +351,7 @@ def test_rule_follows_conditions_on_shapes(kind: type[Block]) -> None:
 @block
 def shaken(self, x):
     y, z = self.conv1(x).relu(), self.conv3(x).relu()
-    return x + 0.5 * self.conv2(y) + 0.5 * self.conv4(z)
+    return x + 0.5 * (self.conv2(y) + self.conv4(z))
 
 
 @block

@@ -78,7 +78,7 @@ class BlockGraph(Graph):
             if not (is_own and any(map(_may_be_tensor, common))) or self._is_of_a_cell(node):
                 continue
             sides = {operand: self._reach(operand, common) for operand in operands}
-            branches = [end for end, side in sides.items() if self._is_branch(side, common)]
+            branches = [end for end in operands if self._is_branch(end, operands, common)]
             if len(branches) > 1:
                 branches = self._most_like(branches, sides, like)
             shortcuts = chain(*(side for end, side in sides.items() if end not in branches))
@@ -178,17 +178,29 @@ class BlockGraph(Graph):
                     ahead += [operand for operand in self.operands(node) if operand not in gates]
         return reached
 
-    def _is_branch(self, side: set[fx.Node], common: set[fx.Node]) -> bool:
-        """Whether one side of an add is a branch: non-linear, with a spatial convolution.
+    def _is_branch(
+        self, end: fx.Node, operands: list[fx.Node], common: set[fx.Node]
+    ) -> bool:
+        """Whether one operand of an add ends a branch: non-linear, with a spatial convolution.
 
-        The convolution must depend on the common ancestor and on no other input of the block.
+        The convolution must depend on the values that the shortcut starts from, and on no others.
         Another input may join after it, as the time embedding of a diffusion model does, but not
-        before it, as the hidden state of a recurrent cell does.
+        before it, as the hidden state of a recurrent cell does, or the images of a coarser level.
         """
+        side = self._reach(end, common)
         inputs = {node for node in self.ancestors if node.op == "placeholder"} - common
+        starts = {*chain(*(self._entries(o, common) for o in operands if o is not end))}
         return self._has_nonlinearity(side) and any(
-            self._is_spatial(node) and not inputs & self.ancestors[node] for node in side
+            self._is_spatial(node)
+            and not inputs & self.ancestors[node]
+            and self._entries(node, common) <= starts
+            for node in side
         )
+
+    def _entries(self, operand: fx.Node, common: set[fx.Node]) -> set[fx.Node]:
+        """The common ancestors that an operand of an add is computed from."""
+        side = self._reach(operand, common)
+        return common.intersection([operand, *chain(*map(self.operands, side))])
 
     def _last(self, nodes: set[fx.Node]) -> list[fx.Node]:
         spatial = [node for node in self.ancestors if node in nodes and self._is_spatial(node)]
@@ -217,7 +229,8 @@ class BlockGraph(Graph):
             sides = [self._reach(summand, nonlinear) for summand in summands]
             if set(convolutions).isdisjoint(chain(*sides)):
                 continue
-            is_convolved = [any(map(self._is_convolution, side)) for side in sides]
+            shared = set.intersection(*sides)
+            is_convolved = [any(map(self._is_convolution, side - shared)) for side in sides]
             sources = [
                 {summand, *chain(*map(self.operands, side))} & nonlinear
                 | {node for node in side if not self.operands(node)}

@@ -108,10 +108,13 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         """Call the block without further arguments where its signature takes any number."""
         function, arguments = super().create_args_for_root(*args, **kwargs)
-        for node in self.graph.nodes:
-            if node.op == "placeholder" and node.target.startswith("*"):
-                arguments = [a for a in arguments if getattr(a, "node", None) is not node]
-                self.graph.erase_node(node)
+        further = {"*": (), "**": {}}
+        for i, argument in enumerate(arguments):
+            name = str(argument.node.target) if isinstance(argument, fx.Proxy) else ""
+            stars = name[: name.count("*")]
+            if stars:
+                arguments[i] = further[stars]
+                self.graph.erase_node(argument.node)
         return function, arguments
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
