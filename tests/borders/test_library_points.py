@@ -38,10 +38,13 @@ def test_plan_with_an_example_finds_the_places_of_a_library(facts: LibraryModel)
     types = [type(m) for m in model.modules()]
     random_state = torch.get_rng_state()
 
-    found = plan(model, example=example)
+    if facts.points:
+        found = [insertion.path for insertion in plan(model, example=example)]
+        assert sorted(found) == sorted(facts.points)
+    else:
+        with pytest.raises(ValueError, match="found no place"):
+            plan(model, example=example)
 
-    assert {insertion.path for insertion in found} == set(facts.points)
-    assert len(found) == len(facts.points)
     assert [type(m) for m in model.modules()] == types
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
     assert not any(m.training for m in model.modules())
