@@ -30,6 +30,7 @@ from .own_forward import behind_convolution
 from .tracing import Trace
 
 ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_CONCATENATE = {torch.cat, torch.concat}
 # Substrings of the names of functions and modules, in lower case.
 _ATTENTION = ("matmul", "bmm", "einsum", "attention")
 
@@ -41,13 +42,16 @@ class Branch(NamedTuple):
         last (list[fx.Node]): the last spatial convolutions.
         end (fx.Node): the operand of the add; in a block without an add, the value returned.
         nodes (set[fx.Node]): all values of the branch.
-        is_upsampled (bool): whether both operands of the add are upsampled.
+        starts (set[fx.Node]): what the other operand of the add is computed from, outside of the
+            branch.
+        is_upsampled (bool): whether all of the branch passes through an upsampling.
     """
 
     last: list[fx.Node]
     end: fx.Node
     nodes: set[fx.Node]
-    is_upsampled: bool = False
+    starts: set[fx.Node]
+    is_upsampled: bool
 
 
 class BlockGraph(Graph):
@@ -61,7 +65,7 @@ class BlockGraph(Graph):
         self._sums = {
             node: self.operands(node)
             for node in self.ancestors
-            if operation(node) in ADD and len(self.operands(node)) > 1
+            if operation(node) in ADD and len(self.operands(node)) == 2
         }
 
     def residual_branches(self, like: Collection[str] = ()) -> list[Branch]:
@@ -72,38 +76,33 @@ class BlockGraph(Graph):
                 class. They tell the branch from a shortcut that is non-linear, too.
         """
         found = []
-        for node, operands in self._sums.items():
-            common = set.intersection(*(self.ancestors[operand] for operand in operands))
+        for node, (first, second) in self._sums.items():
+            common = self.ancestors[first] & self.ancestors[second]
             is_own = self._holders.isdisjoint(self.trace.callers[node])
             if not (is_own and any(map(_may_be_tensor, common))) or self._is_of_a_cell(node):
                 continue
-            sides = {operand: self._reach(operand, common) for operand in operands}
-            branches = [end for end in operands if self._is_branch(end, operands, common)]
-            if len(branches) > 1:
-                branches = self._most_like(branches, sides, like)
-            shortcuts = chain(*(side for end, side in sides.items() if end not in branches))
-            if len(branches) != 1 or any(map(self.gates, shortcuts)):
-                continue
-            end, side = branches[0], sides[branches[0]]
-            last = self._last(side)
-            is_upsampled = {self._is_upsampled(operand, common) for operand in operands}
-            if len(is_upsampled) == 1 and not self._are_summed(last):
-                found.append(Branch(last, end, side, is_upsampled.pop()))
+            sides = [self._side(first, second, common), self._side(second, first, common)]
+            branches = [side for side in sides if self._is_branch(side)]
+            if len(branches) == 2:
+                branches = _most_like(branches, like)
+            if len(branches) == 1:
+                (branch,) = branches
+                (shortcut,) = (side for side in sides if side is not branch)
+                is_gated = any(map(self.gates, shortcut.nodes))
+                is_of_one_stream = branch.is_upsampled == shortcut.is_upsampled
+                if is_of_one_stream and not is_gated and not self._are_summed(branch.last):
+                    found.append(branch)
         return found
 
-    def _most_like(
-        self, ends: list[fx.Node], sides: dict[fx.Node, set[fx.Node]], like: Collection[str]
-    ) -> list[fx.Node]:
-        """The sides of a sum that run most of some modules."""
-        counts = {end: sum(str(node.target) in like for node in sides[end]) for end in ends}
-        return [end for end in ends if counts[end] == max(counts.values()) > 0]
-
-    def _is_upsampled(self, operand: fx.Node, common: set[fx.Node]) -> bool:
-        """Whether an operand of a sum depends on common ancestors only through an upsampling."""
+    def _side(self, end: fx.Node, other: fx.Node, common: set[fx.Node]) -> Branch:
+        """One side of an add, as a branch beside the other operand."""
+        nodes, shortcut = self._reach(end, common), self._reach(other, common)
+        starts = common.intersection([other, *chain(*map(self.operands, shortcut))])
         upsampled = set(filter(self._upsamples, self.ancestors)) - common
-        near = self._reach(operand, upsampled | common)
-        stops = {operand, *chain(*map(self.operands, near))}
-        return common.isdisjoint(stops) and not upsampled.isdisjoint(stops)
+        near = self._reach(end, upsampled | common)
+        stops = {end, *chain(*map(self.operands, near))}
+        is_upsampled = common.isdisjoint(stops) and not upsampled.isdisjoint(stops)
+        return Branch(self._last(nodes), end, nodes, starts, is_upsampled)
 
     def _upsamples(self, node: fx.Node) -> bool:
         module = self.called(node)
@@ -117,7 +116,7 @@ class BlockGraph(Graph):
             return None
         returned = self.operands(self.output)
         end = returned[0] if len(returned) == 1 else self.output
-        return Branch(self._last(nodes), end, nodes)
+        return Branch(self._last(nodes), end, nodes, starts=set(), is_upsampled=False)
 
     def is_deep(self) -> bool:
         """Whether the block holds more than one convolution."""
@@ -133,14 +132,13 @@ class BlockGraph(Graph):
         """
         if branch.is_upsampled:
             return False
-        parts = {path for path, module in self.modules.items() if path and _is_part(module)}
-        for node in branch.nodes if inner else ():
-            callers = self.trace.callers[node]
-            outermost = next((p for p in callers if p in parts or p in inner), None)
-            joins = not callers and operation(node) in (torch.cat, torch.concat)
-            if joins or outermost not in (None, *inner):
-                return False
-        return True
+        return not inner or not (
+            self._concatenates_another(branch.nodes, branch.starts)
+            or any(
+                operation(node) in _CONCATENATE and not self.trace.callers[node]
+                for node in branch.nodes
+            )
+        )
 
     def touches(self, branch: Branch, path: str) -> bool:
         """Whether a module of the block acts in a branch, behind it, or on the block's input.
@@ -178,29 +176,25 @@ class BlockGraph(Graph):
                     ahead += [operand for operand in self.operands(node) if operand not in gates]
         return reached
 
-    def _is_branch(
-        self, end: fx.Node, operands: list[fx.Node], common: set[fx.Node]
-    ) -> bool:
-        """Whether one operand of an add ends a branch: non-linear, with a spatial convolution.
+    def _is_branch(self, side: Branch) -> bool:
+        """Whether one side of an add is a branch: non-linear, with a spatial convolution.
 
-        The convolution must depend on the values that the shortcut starts from, and on no others.
-        Another input may join after it, as the time embedding of a diffusion model does, but not
-        before it, as the hidden state of a recurrent cell does, or the images of a coarser level.
+        The convolution must depend on what the shortcut starts from. Another value may join before
+        it by addition or multiplication, as a mask or the time step of a diffusion model does. By
+        concatenation it may not: then the branch is a function of several streams, as in a
+        recurrent cell with its hidden state.
         """
-        side = self._reach(end, common)
-        inputs = {node for node in self.ancestors if node.op == "placeholder"} - common
-        starts = {*chain(*(self._entries(o, common) for o in operands if o is not end))}
-        return self._has_nonlinearity(side) and any(
+        return self._has_nonlinearity(side.nodes) and any(
             self._is_spatial(node)
-            and not inputs & self.ancestors[node]
-            and self._entries(node, common) <= starts
-            for node in side
+            and not side.starts.isdisjoint(self.ancestors[node])
+            and not self._concatenates_another(self.ancestors[node] & side.nodes, side.starts)
+            for node in side.nodes
         )
 
-    def _entries(self, operand: fx.Node, common: set[fx.Node]) -> set[fx.Node]:
-        """The common ancestors that an operand of an add is computed from."""
-        side = self._reach(operand, common)
-        return common.intersection([operand, *chain(*map(self.operands, side))])
+    def _concatenates_another(self, nodes: set[fx.Node], starts: set[fx.Node]) -> bool:
+        """Whether a node concatenates a value that does not depend on some values."""
+        operands = chain(*(self.operands(n) for n in nodes if operation(n) in _CONCATENATE))
+        return any(starts.isdisjoint(self.ancestors[operand]) for operand in operands)
 
     def _last(self, nodes: set[fx.Node]) -> list[fx.Node]:
         spatial = [node for node in self.ancestors if node in nodes and self._is_spatial(node)]
@@ -212,7 +206,7 @@ class BlockGraph(Graph):
 
     def _is_of_a_cell(self, node: fx.Node) -> bool:
         """Whether the sum is concatenated with parallel sums, as in a NASNet cell."""
-        joined = [user for user in node.users if operation(user) in (torch.cat, torch.concat)]
+        joined = [user for user in node.users if operation(user) in _CONCATENATE]
         return any(
             other not in self.ancestors[node] and node not in self.ancestors[other]
             for other in chain(*map(self.operands, joined))
@@ -259,10 +253,10 @@ class BlockGraph(Graph):
         return "softmax" in name or (between_inputs and any(part in name for part in _ATTENTION))
 
 
-def _is_part(module: nn.Module) -> bool:
-    """Whether a module has code of its own, and several spatial convolutions."""
-    is_own = not isinstance(module, nn.Sequential | nn.ModuleList)
-    return is_own and sum(map(is_spatial, module.modules())) > 1
+def _most_like(branches: list[Branch], paths: Collection[str]) -> list[Branch]:
+    """The branches that run most of some modules."""
+    counts = [sum(str(node.target) in paths for node in branch.nodes) for branch in branches]
+    return [b for b, n in zip(branches, counts, strict=True) if n == max(counts) > 0]
 
 
 def _has_own_nonlinearity(convolution: nn.Module) -> bool:

@@ -175,7 +175,8 @@ def _residual_blocks(graphs: dict[str, BlockGraph]) -> dict[str, tuple[str, list
             blocks[path] = (f"the residual branch of {name}", branches[path])
         elif graph.kind in modules_of_kinds or _is_skipless(graph):
             whole = graph.whole()
-            if whole and whole.last:
+            holds_others = any(is_within(other, path) for other, found in branches.items() if found)
+            if whole and whole.last and not holds_others:
                 blocks[path] = (f"{name}, whose skip is off here", [whole])
     return blocks
 

@@ -131,6 +131,7 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         path = self.path_of_module(m)
         before, callers = len(self.graph.nodes), self.stack
+        calls = self.module_stack.copy()
         self.stack = (*callers, path)
         try:
             output = super().call_module(m, forward, args, kwargs)
@@ -139,6 +140,7 @@ class _Tracer(fx.Tracer):
                 raise
             for node in list(self.graph.nodes)[: before - 1 : -1]:
                 self.graph.erase_node(node)
+            self.module_stack = calls  # torch.fx leaves the call that failed on it
             output = self.create_proxy("call_module", path, args, kwargs)
             self.opaque.add(output.node)
         finally:
