@@ -18,9 +18,10 @@ _AS_ANOTHER = {"expand_as", "reshape_as", "to", "type_as", "view_as"}
 # Operations that may lie between the sigmoid of a gate and the product. Each takes the tensor
 # first.
 _RESHAPE = {
-    "contiguous", "expand", "expand_as", "getitem", "interpolate", "permute", "reshape", "rsub",
-    "sub", "to", "transpose", "type_as", "unsqueeze", "view", "view_as",
+    "contiguous", "expand", "expand_as", "getitem", "interpolate", "permute", "reshape", "to",
+    "transpose", "type_as", "unsqueeze", "view", "view_as",
 }  # fmt: skip
+_SUBTRACT = {"rsub", "sub"}
 # Substrings of the names of functions and modules, in lower case.
 _GATES = ("sigmoid", "softmax")
 NONLINEAR = (
@@ -91,9 +92,11 @@ class Graph:
         ]
 
     def _is_gate(self, node: fx.Node) -> bool:
-        """Whether the node is a sigmoid or softmax, reshaped or subtracted from a constant."""
+        """Whether the node is a sigmoid or softmax, reshaped, or a value subtracted from one."""
         while not any(part in self.name(node) for part in _GATES):
             operands = self.operands(node)
+            if self.name(node) in _SUBTRACT and len(operands) == 1:
+                return True
             if self.name(node) not in _RESHAPE or not operands:
                 return False
             node = operands[0]

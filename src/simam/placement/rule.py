@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from torch import nn
+from torch import fx, nn
 
 from ..guards import is_adapter
 from ..messages import one_line
@@ -175,10 +175,14 @@ def _residual_blocks(graphs: dict[str, BlockGraph]) -> dict[str, tuple[str, list
             blocks[path] = (f"the residual branch of {name}", branches[path])
         elif graph.kind in modules_of_kinds or _is_skipless(graph):
             whole = graph.whole()
-            holds_others = any(is_within(other, path) for other, found in branches.items() if found)
-            if whole and whole.last and not holds_others:
+            modules = modules_of_kinds.get(graph.kind)
+            if whole and whole.last and (modules is None or _are_among(whole.last, modules)):
                 blocks[path] = (f"{name}, whose skip is off here", [whole])
     return blocks
+
+
+def _are_among(convolutions: list[fx.Node], paths: set[str]) -> bool:
+    return all(str(node.target) in paths for node in convolutions)
 
 
 def _branches_within_stages(graphs: dict[str, BlockGraph]) -> dict[str, list[Branch]]:
