@@ -7,6 +7,7 @@ missing, as in mmcv-lite, a module without content stands for them.
 import sys
 import types
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,7 @@ pytestmark = needs("mmdet", "mmcv", "mmengine")
 @pytest.fixture(autouse=True)
 def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """mmdetection's registries, which forget what a test has registered."""
-    try:
-        import mmcv._ext
-    except ImportError:
+    if find_spec("mmcv._ext") is None:
         extension: Any = types.ModuleType("mmcv._ext")
         extension.__getattr__ = lambda name: None
         monkeypatch.setitem(sys.modules, "mmcv._ext", extension)
