@@ -43,6 +43,26 @@ def test_where_equals_the_formula_by_hand(record: Callable[..., None]) -> None:
     record(tool("diffusers"), case, "works", network="UNet2DModel", **differences)
 
 
+def test_where_fits_UNet2DConditionModel(record: Callable[..., None]) -> None:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    options = {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 8,
+    }
+    net, plain = UNet2DConditionModel(**options).eval(), UNet2DConditionModel(**options)
+    attach(net, where="*.resnets.*.conv2", e_lambda=0.1)
+    assert list(attached(net)) == HOSTS
+    text = torch.randn(1, 3, 8, dtype=torch.float64)
+    x = torch.randn(1, 4, 16, 16)
+    differences = compare_by_hand(net, plain, HOSTS, lambda net, x: net(x, 7, text).sample, x)
+    case = '`attach(where="*.resnets.*.conv2")`'
+    record(tool("diffusers"), case, "works", network="UNet2DConditionModel", **differences)
+
+
 def test_plan_without_where_is_refused(record: Callable[..., None]) -> None:
     """If this test fails, the page may no longer need to name the hosts."""
     net = run_section("frameworks.md", "diffusers")["model"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from simam import SimAM, attached
 from tests.helpers.borders import compare_by_hand, needs, tool, train_norms
 from tests.helpers.by_hand import RESNET_50, RESNET_50_BLOCKS, ByHand, in_each
-from tests.helpers.docs import run_section
+from tests.helpers.docs import python_blocks, run_section
 
 pytestmark = needs("mmdet", "mmcv", "mmengine")
 
@@ -42,15 +42,17 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         names.update(old)
 
 
-def detector(**changes: Any) -> nn.Module:
-    """mmdetection's own RetinaNet with a ResNet-50, and with changes of its configuration."""
+def detector(text: str = "") -> nn.Module:
+    """mmdetection's own RetinaNet with a ResNet-50, and a file of configuration that changes it."""
     import mmdet
     from mmdet.registry import MODELS
     from mmengine.config import Config
 
     base = Path(mmdet.__file__).parent / ".mim/configs/_base_/models/retinanet_r50_fpn.py"
-    config = Config.fromfile(base)
-    config.merge_from_dict({"model.backbone.init_cfg": None, **changes})
+    file = Path("retinanet.py")
+    file.write_text(f"_base_ = [{str(base)!r}]\n{text}")
+    config = Config.fromfile(file)
+    config.model.backbone.init_cfg = None  # no download
     return MODELS.build(config.model)
 
 
@@ -69,11 +71,15 @@ def run_backbone(net: nn.Module, x: Tensor) -> Tensor:
     return net(x)[-1]
 
 
-def test_registered_backbone_equals_the_formula_by_hand(record: Callable[..., None]) -> None:
+def test_registered_backbone_equals_the_formula_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Callable[..., None]
+) -> None:
     torch.manual_seed(0)
-    names = run_section("frameworks.md", "MMDetection")
-    changes = {f"model.backbone.{key}": v for key, v in names["model"]["backbone"].items()}
-    net = train_norms(detector(**changes), torch.rand(2, 3, 64, 64))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    module, config = python_blocks("frameworks.md")["MMDetection"]
+    Path("simam_backbone.py").write_text(module)
+    net = train_norms(detector(config), torch.rand(2, 3, 64, 64))
     hosts = [f"backbone.{host}" for host in RESNET_50]
     assert list(attached(net)) == hosts
     x = torch.rand(1, 3, 64, 64)
@@ -112,6 +118,12 @@ def test_plugin_after_conv2_is_behind_norm_and_activation() -> None:
     assert activation.min() == 0
     torch.testing.assert_close(actual, ByHand(nn.Identity(), 0.1)(activation))
     assert not torch.allclose(actual, activation, rtol=0.05)
+
+
+def test_plugins_are_refused_by_BasicBlock() -> None:
+    config = run_section("frameworks.md", "Plugins of mmcv")["backbone"]
+    with pytest.raises(AssertionError, match="Not implemented"):
+        backbone(config | {"depth": 18})
 
 
 def test_fuse_conv_bn_is_refused(record: Callable[..., None]) -> None:

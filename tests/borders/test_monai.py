@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from simam import attach, attached
+from simam import attach, attached, plan
 from tests.helpers.borders import compare, compare_by_hand, needs, tool, train_norms
 from tests.helpers.docs import run_section
 
@@ -79,6 +80,14 @@ def test_attach_to_resnet18_equals_the_formula_by_hand(record: Callable[..., Non
     assert list(attached(net)) == RESNET
     differences = compare_by_hand(net, resnet(), RESNET, run, torch.randn(1, 1, 32, 32, 32))
     record(tool("monai"), "`attach`", "works", network="resnet18", **differences)
+
+
+def test_plan_refuses_a_network_without_residual_blocks() -> None:
+    from monai.networks.nets import BasicUNet, UNet
+
+    for net in (BasicUNet(3, 1, 2), UNet(3, 1, 2, channels=(4, 8), strides=(2,))):
+        with pytest.raises(ValueError, match=r"^found no place for SimAM"):
+            plan(net)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simam import attach, attached
+from simam import attach, attached, plan
 from tests.helpers.borders import compare, compare_by_hand, needs, tool, train_norms
 from tests.helpers.docs import run_section
 
@@ -94,6 +94,16 @@ def test_class_that_attaches_equals_the_formula_by_hand(
     differences = compare_by_hand(net, plain, CONVNEXT_HOSTS, logits, torch.rand(1, 3, 64, 64))
     case = "a class that attaches"
     record(tool("transformers"), case, "works", network="ConvNeXtV2", **differences)
+
+
+@pytest.mark.parametrize("place", ["norm", "branch"])
+def test_ConvNeXtV2_has_no_host_at_other_places(
+    place: str, convnext: tuple[type[nn.Module], Any]
+) -> None:
+    from transformers import ConvNextV2ForImageClassification
+
+    with pytest.raises(ValueError, match=r"^found no place for SimAM"):
+        plan(ConvNextV2ForImageClassification(convnext[1]), place=place)
 
 
 @torch.no_grad()
