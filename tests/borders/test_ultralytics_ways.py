@@ -1,4 +1,4 @@
-"""The ways of docs/yolo.md to SimAM in Ultralytics: a row of the YAML, and attach at the end.
+"""The ways of docs/yolo.md to SimAM in Ultralytics: attach, a row of the YAML, and convert.
 
 Each is trained, validated, run, and exported to ONNX. `.ci/borders` runs these tests.
 """
@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import simam
 from tests.helpers.borders import compare, needs, tool, train_norms
+from tests.helpers.docs import python_blocks
 
 pytestmark = needs("ultralytics", "cv2")
 
@@ -47,11 +48,52 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    from ultralytics.nn import tasks
-
-    tasks.SimAM = simam.SimAM
+    tasks = definitions("As a row of the YAML")["tasks"]
+    assert tasks.SimAM is simam.SimAM
     yield
     del tasks.SimAM
+
+
+@pytest.fixture
+def fork() -> Iterator[None]:
+    """Ultralytics with a hand-written copy."""
+    from ultralytics.nn import tasks
+
+    tasks.SimAM = SimAM
+    yield
+    del tasks.SimAM
+
+
+@pytest.fixture
+def network_with_row() -> str:
+    """The file of a network with a row SimAM."""
+    import yaml
+    from ultralytics import YOLO
+
+    config = with_simam_row(copy.deepcopy(YOLO("yolov8n.yaml").model.yaml))
+    assert config["backbone"][-1] == ROW
+    Path("yolov8n-simam.yaml").write_text(yaml.safe_dump(config))
+    return "yolov8n-simam.yaml"
+
+
+class SimAM(nn.Module):
+    """A hand-written copy, as forks have it."""
+
+    def __init__(self, channels: int | None = None, e_lambda: float = 1e-4) -> None:
+        super().__init__()
+        self.e_lambda = e_lambda
+
+    def forward(self, x: Tensor) -> Tensor:
+        squares = (x - x.mean((2, 3), keepdim=True)).pow(2)
+        variance = squares.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3] - 1)
+        return x * torch.sigmoid(squares / (4 * (variance + self.e_lambda)) + 0.5)
+
+
+def definitions(heading: str) -> dict[str, Any]:
+    """What the first block under a heading of the page defines, before it uses it."""
+    namespace: dict[str, Any] = {"__name__": "docs"}
+    exec(python_blocks("yolo.md")[heading][0].partition("\nyolo = ")[0], namespace)
+    return namespace
 
 
 def with_simam_row(config: dict[str, Any]) -> dict[str, Any]:
@@ -105,28 +147,66 @@ def run_everything(
     record(tool("ultralytics"), case, "works", network="yolov8n", **differences)
 
 
-def test_row_of_the_yaml(data: str, registered: None, record: Callable[..., None]) -> None:
-    import yaml
+def test_row_of_the_yaml(
+    data: str, registered: None, network_with_row: str, record: Callable[..., None]
+) -> None:
     from ultralytics import YOLO
 
-    config = with_simam_row(copy.deepcopy(YOLO("yolov8n.yaml").model.yaml))
-    assert config["backbone"][-1] == ROW
-    Path("yolov8n-simam.yaml").write_text(yaml.safe_dump(config))
-    yolo = YOLO("yolov8n-simam.yaml")
+    yolo = YOLO(network_with_row)
     assert len(layers(yolo.model)) == 1
     run_everything(yolo, data, 1, record, "SimAM as a row of the YAML")
 
 
+def copies(net: nn.Module) -> list[SimAM]:
+    return [module for module in net.modules() if isinstance(module, SimAM)]
+
+
+def test_convert_in_a_trainer(
+    data: str, fork: None, network_with_row: str, record: Callable[..., None]
+) -> None:
+    from ultralytics import YOLO
+
+    trainer = definitions("In a fork that has a copy")["ConvertingTrainer"]
+    yolo = YOLO(network_with_row)
+    assert (len(copies(yolo.model)), len(layers(yolo.model))) == (1, 0)
+    run_everything(yolo, data, 1, record, "`convert` in a trainer", trainer=trainer)
+    for net in (yolo.model, YOLO(yolo.trainer.best).model):
+        assert (len(copies(net)), len(layers(net))) == (0, 1)
+
+
+def test_convert_of_a_network_trained_with_copies(
+    data: str, fork: None, network_with_row: str, record: Callable[..., None]
+) -> None:
+    from ultralytics import YOLO
+
+    yolo = YOLO(network_with_row)
+    options = {"imgsz": 64, "device": "cpu", "workers": 0, "plots": False, "batch": 2}
+    yolo.train(data=data, epochs=1, project="runs", **options)
+    net = train_norms(yolo.model.float(), torch.rand(4, 3, 128, 128))
+    assert (len(copies(net)), len(layers(net))) == (1, 0)
+    plain = copy.deepcopy(net)
+    copies(plain)[0].forward = lambda x: x
+    seen: list[Tensor] = []
+    for each in (net, plain):
+        each.model[-1].register_forward_pre_hook(lambda _, maps: seen.extend(maps[0][-1:]))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        net(x)
+        plain(x)
+        assert simam.convert(net) is net
+        net(x)
+    assert (len(copies(net)), len(layers(net))) == (0, 1)
+    expected, without, actual = seen
+    case = "`convert` of a network trained with copies"
+    differences = compare(actual, expected, without)
+    record(tool("ultralytics"), case, "works", network="yolov8n", **differences)
+
+
 def test_attach_at_the_end_of_the_branch(data: str, record: Callable[..., None]) -> None:
     from ultralytics import YOLO
-    from ultralytics.models.yolo.detect import DetectionTrainer
 
-    class SimAMTrainer(DetectionTrainer):
-        def get_model(self, *args: Any, **kwargs: Any) -> nn.Module:
-            model = super().get_model(*args, **kwargs)
-            return simam.attach(model, place="branch", e_lambda=1e-4)
-
+    trainer = definitions("At the end of every residual branch")["SimAMTrainer"]
     yolo = YOLO("yolov8n.yaml")
     case = '`attach(place="branch")`'
-    run_everything(yolo, data, 10, record, case, trainer=SimAMTrainer)
+    run_everything(yolo, data, 10, record, case, trainer=trainer)
     assert all(path.endswith("cv2") for path in simam.attached(yolo.model))

@@ -12,7 +12,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from torch import nn
 import simam
 from simam import SimAM
 from simam import functional as F
+from tests.helpers.docs import run_section
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -264,13 +264,6 @@ def test_SimAM_unpickles_a_handwritten_class_that_is_now_an_alias(
         )
 
 
-def doc_block(page: str, marker: str) -> str:
-    text = (Path(__file__).parents[2] / "docs" / page).read_text()
-    block = re.search(rf"```python\n((?:(?!```).)*{re.escape(marker)}.*?)```", text, re.DOTALL)
-    assert block is not None
-    return block[1]
-
-
 def test_SimAM_as_plugin_of_mmcv_as_in_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
     # mmcv looks a plugin up by its class name, and builds it with in_channels= and the options.
     registered: dict[str, Any] = {}
@@ -283,7 +276,7 @@ def test_SimAM_as_plugin_of_mmcv_as_in_the_docs(monkeypatch: pytest.MonkeyPatch)
     registry.MODELS = Registry()
     monkeypatch.setitem(sys.modules, "mmengine", types.ModuleType("mmengine"))
     monkeypatch.setitem(sys.modules, "mmengine.registry", registry)
-    exec(doc_block("attach.md", "_abbr_"), {"__name__": "docs"})
+    run_section("frameworks.md", "Plugins of mmcv")
     [(name, plugin)] = registered.items()
     assert (name, plugin._abbr_) == ("SimAMPlugin", "simam")
     layer = plugin(in_channels=64, e_lambda=0.1)
