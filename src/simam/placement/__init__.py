@@ -80,7 +80,7 @@ def plan(
     exclude: Selector | None = None,
     example: Example | None = None,
 ) -> Plan:
-    """Show where `attach` would put SimAM, without touching or running the model.
+    """Show where `attach` would put SimAM, without running or changing the model.
 
     SimAM goes into the branch of every residual block. By default it goes where the authors put it,
     stated as a rule: after the last spatial (kernel > 1) convolution of the branch, before the norm
@@ -97,15 +97,22 @@ def plan(
             alone; only what selects no convolution selects other modules.
         exclude (str, iterable of str, or callable, optional): hosts to leave out, in the same form;
             also the path of a block that could not be analysed, or that has SimAM already.
+        example (Tensor, tuple, or dict, optional): what the model takes: its input, its arguments,
+            or its keyword arguments. The blocks are then analysed by what they do: a copy of the
+            model without values runs once on tensors of these shapes and computes nothing. Only if
+            the model reads values in Python, such as the number of boxes that it found, a copy
+            runs on the example itself, on the CPU. Blocks that do not run are analysed as without
+            an example, by their code.
 
     Returns:
         Plan: a list of `Insertion(path, block, host, reason)`, never empty.
 
     Raises:
-        TypeError: model is not a module, or where or exclude is of another type.
+        TypeError: model is not a module, or where, exclude or example is of another type.
         ValueError: the model has no residual block with a spatial convolution, none with a host
-            at this place, or SimAM in every such block already; the place is unknown, or given
-            beside where; or a selection matches nothing.
+            at this place, or SimAM in every such block already; the place is unknown; place or
+            example is given beside where; a selection matches nothing; or the model cannot be run
+            on the example.
 
     Source:
         Yang et al., ICML 2021, section 4, and the published networks.
@@ -114,11 +121,21 @@ def plan(
         >>> class Block(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.conv1, self.conv2 = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        ...         self.conv1, self.conv2 = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
         ...     def forward(self, x):
         ...         return x + self.conv2(self.conv1(x).relu())
         >>> plan(nn.Sequential(Block(), Block()), exclude="1.*")[0].path
         '0.conv2'
+
+        Code that loops over its input needs an example:
+
+        >>> import torch
+        >>> class Chunked(Block):
+        ...     def forward(self, x):
+        ...         parts = [self.conv1(part) for part in x.chunk(2)]
+        ...         return x + self.conv2(torch.cat(parts).relu())
+        >>> plan(Chunked(), example=torch.empty(2, 8, 9, 9, device="meta"))[0].path
+        'conv2'
     """
     check_module(model)
     if isinstance(model, ScriptModule):

@@ -32,18 +32,15 @@ def may_be_residual(block: nn.Module) -> bool:
 
 def _is_helper(child: nn.Module) -> bool:
     kind = plain_class(child)
-    return (
-        not kind.__module__.startswith("torch.")
-        and _takes_two(kind)
-        and _adds(kind)
-        and not holds_spatial_convolution(child)
-    )
+    is_of_torch = kind.__module__.startswith("torch.")
+    return not is_of_torch and _adds_its_inputs(kind) and not holds_spatial_convolution(child)
 
 
 @cache
-def _takes_two(kind: type) -> bool:
+def _adds_its_inputs(kind: Any) -> bool:
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
-    return sum(p.default is p.empty for p in parameters) > 1
+    takes_two = sum(p.default is p.empty for p in parameters) > 1
+    return takes_two and _contains_sum(kind.forward)
 
 
 @cache

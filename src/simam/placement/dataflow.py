@@ -110,9 +110,12 @@ class BlockGraph(Graph):
         return is_transposed or any(part in self.name(node) for part in UPSAMPLING)
 
     def whole(self) -> Branch | None:
-        """The block from input to output as a branch; None without a non-linearity."""
+        """The block from input to output as a branch.
+
+        None without a non-linearity, and where a part of the block adds: it is a stage then.
+        """
         nodes = self._reach(self.output, set())
-        if not self._has_nonlinearity(nodes):
+        if not self._has_nonlinearity(nodes) or any(map(self.trace.callers.get, self._sums)):
             return None
         returned = self.operands(self.output)
         end = returned[0] if len(returned) == 1 else self.output
@@ -123,22 +126,31 @@ class BlockGraph(Graph):
         parts = parts_of_adapters(self.block)
         return sum(is_convolution(m) and m not in parts for m in self.modules.values()) > 1
 
-    def is_within_a_stage(self, branch: Branch, inner: Collection[str]) -> bool:
-        """Whether a branch is not upsampled, and runs residual blocks only one after another.
+    def is_within_a_stage(self, branch: Branch, inner: Collection[str], is_model: bool) -> bool:
+        """Whether a branch of a whole network goes from block to block at one resolution.
+
+        It must concatenate no stages, and not start from the image that a model gets.
 
         Args:
-            branch (Branch): a branch of a whole network.
+            branch (Branch): a branch of a network.
             inner (collection of str): the paths of the residual blocks in the network.
+            is_model (bool): whether the network is the whole model.
         """
-        if branch.is_upsampled:
-            return False
-        return not inner or not (
-            self._concatenates_another(branch.nodes, branch.starts)
-            or any(
-                operation(node) in _CONCATENATE and not self.trace.callers[node]
-                for node in branch.nodes
-            )
+        if branch.is_upsampled or not inner:
+            return not branch.is_upsampled
+        around = {path[:i] for path in inner for i, c in enumerate(f"{path}.") if c == "."}
+        others = {p for p, m in self.modules.items() if p not in around and _has_several(m)}
+        is_of_image = is_model and all(start.op == "placeholder" for start in branch.starts)
+        return not is_of_image and not any(
+            self._runs_first(node, others, inner)
+            or (operation(node) in _CONCATENATE and not self.trace.callers[node])
+            for node in branch.nodes
         )
+
+    def _runs_first(self, node: fx.Node, paths: Collection[str], others: Collection[str]) -> bool:
+        """Whether the outermost of two groups of modules that runs an operation is of the first."""
+        callers = self.trace.callers[node]
+        return next((p in paths for p in callers if p in paths or p in others), False)
 
     def touches(self, branch: Branch, path: str) -> bool:
         """Whether a module of the block acts in a branch, behind it, or on the block's input.
@@ -257,6 +269,12 @@ def _most_like(branches: list[Branch], paths: Collection[str]) -> list[Branch]:
     """The branches that run most of some modules."""
     counts = [sum(str(node.target) in paths for node in branch.nodes) for branch in branches]
     return [b for b, n in zip(branches, counts, strict=True) if n == max(counts) > 0]
+
+
+def _has_several(module: nn.Module) -> bool:
+    """Whether a module with a forward of its own holds several spatial convolutions."""
+    is_own = not isinstance(module, nn.Sequential | nn.ModuleList)
+    return is_own and sum(map(is_spatial, module.modules())) > 1
 
 
 def _has_own_nonlinearity(convolution: nn.Module) -> bool:

@@ -77,18 +77,28 @@ class Recording:
         copies = dict(recorder.model.named_modules())
         self._copies = {m: copies[p] for p, m in model.named_modules() if p in copies}
 
-    def traces(self, block: nn.Module) -> Iterator[Trace]:
-        """The operations of each call of a block; none if the block did not run to its end."""
-        copied = self._copies.get(block)
-        calls = (c for c in self._recorder.calls if c.module is copied and c.returned is not None)
-        yield from map(self._trace, islice(calls, _CALLS))
+    def traces(self, block: nn.Module, *, unfinished: bool) -> Iterator[Trace]:
+        """The operations of each call of a block.
 
-    def blocks_with(self, operations: set[Any], holds: Callable[[nn.Module], bool]) -> set[nn.Module]:
-        """The innermost modules with a property that were running at one of some operations."""
+        Args:
+            block (nn.Module): a module of the model.
+            unfinished (bool): whether a call counts within which the run stopped.
+        """
+        copied = self._copies.get(block)
+        calls = (c for c in self._recorder.calls if c.module is copied)
+        counting = (c for c in calls if unfinished or c.returned is not None)
+        yield from map(self._trace, islice(counting, _CALLS))
+
+    def blocks_with(
+        self, operations: set[Any], holds: Callable[[nn.Module], bool]
+    ) -> set[nn.Module]:
+        """The innermost modules with a property that were running when some operations joined
+        two values that depend on the example."""
         originals = {c: m for m, c in self._copies.items()}
         found = set()
         for value in self._recorder.values:
-            if value.op != "call_module" and value.target in operations:
+            joins = sum(isinstance(operand, _Value) for operand in value.operands) > 1
+            if joins and value.op != "call_module" and value.target in operations:
                 found.add(next(filter(holds, reversed(value.callers)), None))
         return {originals[module] for module in found if module is not None}
 
@@ -288,8 +298,8 @@ class _Recorder(TorchFunctionMode):
                 output = forward(*args, **kwargs)
         finally:
             self._running = self._running[:-1]
-        call.values = slice(first_value, len(self.values))
-        call.calls = slice(first_call, len(self.calls))
+            call.values = slice(first_value, len(self.values))
+            call.calls = slice(first_call, len(self.calls))
         call.returned = [v for v in map(self._value_of.get, _tensors(output)) if v is not None]
         if isinstance(output, Tensor):
             call.output = self._value_of.get(output)

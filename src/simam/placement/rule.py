@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from torch import fx, nn
+from torch import nn
 
 from ..guards import is_adapter
 from ..messages import one_line
@@ -147,8 +147,10 @@ def _analyse_with(
     unanalysed: list[Unanalysed] = []
     with_sums = recording.blocks_with(ADD, holds_spatial_convolution) if recording else set()
     for path, block in model.named_modules():
-        if may_be_residual(block) or block in with_sums:
-            recorded = recording.traces(block) if recording else iter(())
+        by_code = may_be_residual(block)
+        if by_code or block in with_sums:
+            # Where the code shows no sum, the recorded ones are all there are.
+            recorded = recording.traces(block, unfinished=not by_code) if recording else iter(())
             try:
                 graphs[path] = _analyse(block, recorded)
             except Exception as error:  # the block's own code, run on symbols, may raise anything
@@ -175,14 +177,9 @@ def _residual_blocks(graphs: dict[str, BlockGraph]) -> dict[str, tuple[str, list
             blocks[path] = (f"the residual branch of {name}", branches[path])
         elif graph.kind in modules_of_kinds or _is_skipless(graph):
             whole = graph.whole()
-            modules = modules_of_kinds.get(graph.kind)
-            if whole and whole.last and (modules is None or _are_among(whole.last, modules)):
+            if whole and whole.last:
                 blocks[path] = (f"{name}, whose skip is off here", [whole])
     return blocks
-
-
-def _are_among(convolutions: list[fx.Node], paths: set[str]) -> bool:
-    return all(str(node.target) in paths for node in convolutions)
 
 
 def _branches_within_stages(graphs: dict[str, BlockGraph]) -> dict[str, list[Branch]]:
@@ -197,7 +194,7 @@ def _branches_within_stages(graphs: dict[str, BlockGraph]) -> dict[str, list[Bra
         inner = [p.removeprefix(f"{path}.") for p in residual if is_within(p, path)]
         if not path or len(inner) == len(residual) - 1 > 0:
             graph = graphs[path]
-            branches[path] = [b for b in branches[path] if graph.is_within_a_stage(b, inner)]
+            branches[path] = [b for b in branches[path] if graph.is_within_a_stage(b, inner, not path)]
     return branches
 
 
