@@ -7,11 +7,14 @@ from itertools import repeat
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from simam.cli import report as report_module
 from simam.cli.models import Subject
 from simam.cli.report import MeasuredInsertion, Report, measure
+from simam.messages import UserError
+from tests.helpers.tiny_blocks import basic, block
 
 
 def test_report_documents_every_key() -> None:
@@ -37,6 +40,27 @@ def test_report_counts_calls_and_leaves_the_model_unchanged() -> None:
     used, unused = found.insertions
     assert (used.shape, used.calls, used.elements) == ([1, 3, 6, 6], 2, 3 * (6 * 6 + 4 * 4))
     assert (unused.shape, unused.calls, unused.elements) == (None, 0, 0)
+
+
+@block
+def loops(self, x):
+    return x + self.branch(torch.cat([part + 1 for part in x.chunk(2)]))
+
+
+@pytest.mark.parametrize("net", [loops(), nn.Sequential(basic(), loops())], ids=["one", "two"])
+def test_report_takes_its_inputs_as_the_example_where_the_code_is_not_enough(
+    net: nn.Module,
+) -> None:
+    hosts = [path for path, _ in net.named_modules() if path.endswith("conv2")]
+    found = measure(Subject("loops", "none", "0", net.eval(), (8, 8, 8)), (2, 8, 8, 8), repeats=1)
+    assert [insertion.path for insertion in found.insertions] == hosts
+    assert found.unanalysed == []
+
+
+def test_report_keeps_the_error_of_the_plan_without_an_example() -> None:
+    net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())
+    with pytest.raises(UserError, match=r"^found no place for SimAM in this Sequential"):
+        measure(Subject("plain", "none", "0", net, (8, 8, 8)), (1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("running_statistics", [True, False])

@@ -20,6 +20,7 @@ pytest.importorskip("timm", reason="the report is on models of torchvision and t
 import torchvision
 
 import simam
+from simam import Plan, Unanalysed, plan
 from simam.cli import main
 from simam.cli.models import Subject, build
 from tests.helpers.command import SMALL, Capture, error_message, report, report_error
@@ -116,7 +117,13 @@ def test_report_text(capsys: Capture) -> None:
     assert max(map(len, lines)) <= 100
 
 
-def test_report_text_names_blocks_not_analysed_and_why_counts_differ(capsys: Capture) -> None:
+def test_report_text_names_blocks_not_analysed_and_why_counts_differ(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_out = [Unanalysed("backbone.fpn", "FeaturePyramidNetwork, TraceError")]
+    monkeypatch.setattr(
+        "simam.cli.report.plan", lambda model, **options: Plan(plan(model, **options), left_out)
+    )
     model = "fasterrcnn_mobilenet_v3_large_320_fpn"
     assert main(["report", model, "--repeats", "1"]) == 0
     out = capsys.readouterr().out

@@ -241,7 +241,8 @@ def test_plan_says_when_an_example_has_no_values_to_read() -> None:
     assert [i.path for i in planned] == ["0.conv2"]
     ((path, reason),) = [(u.block, u.reason) for u in planned.unanalysed]
     assert path == "1"
-    assert "reads a value" in reason and "on the CPU" in reason
+    assert "reads a value" in reason
+    assert "on the CPU" in reason
 
 
 def test_plan_with_an_example_leaves_everything_as_it_was() -> None:
@@ -274,7 +275,8 @@ def test_plan_with_an_example_leaves_everything_as_it_was() -> None:
     assert random.getstate() == randoms[1]
     assert (np.random.get_state()[1] == randoms[2]).all()
     assert torch.equal(example, X)
-    assert net.training and not hasattr(net, "count")
+    assert net.training
+    assert not hasattr(net, "count")
 
 
 @pytest.mark.parametrize(
@@ -283,7 +285,7 @@ def test_plan_with_an_example_leaves_everything_as_it_was() -> None:
     ids=["list", "text", "number", "array"],
 )
 def test_plan_refuses_an_example_of_another_type(example: object) -> None:
-    with pytest.raises(TypeError, match="^example must be a tensor, a tuple of arguments, or a"):
+    with pytest.raises(TypeError, match=r"^example must be a tensor, a tuple of arguments, or a"):
         plan(basic(), example=example)
 
 
@@ -301,7 +303,7 @@ def test_plan_refuses_an_example_that_the_model_cannot_take() -> None:
 
 def test_plan_names_an_example_where_a_trace_stops() -> None:
     planned = plan(nn.Sequential(basic(), loops_over_a_split()))
-    ((path, reason),) = [(u.block, u.reason) for u in planned.unanalysed]
+    ((path, _reason),) = [(u.block, u.reason) for u in planned.unanalysed]
     assert path == "1"
     assert planned[0].path == "0.conv2"
     assert "example=" in str(planned)

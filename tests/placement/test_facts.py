@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from simam import attach, plan
+from simam.placement import PLACES
 
 timm = pytest.importorskip("timm", reason="the list names models of timm")
 torchvision = pytest.importorskip("torchvision", reason="the list names models of torchvision")
@@ -108,6 +109,56 @@ def build(library: str, name: str) -> nn.Module:
     widths = mock.patch.multiple(torch, **on_cpu) if "regnet" in name else nullcontext()
     with torch.device("meta"), widths:
         return builder(**dict.fromkeys(accepted))
+
+
+def example(library: str, name: str, model: nn.Module) -> object:
+    """What the model takes, without values."""
+    empty = partial(torch.empty, device="meta")
+    if library == "timm":
+        return empty(2, *model.pretrained_cfg["input_size"])
+    if "raft" in name:
+        return empty(1, 3, 128, 128), empty(1, 3, 128, 128)
+    if type(model).__module__.startswith("torchvision.models.detection"):
+        return ([empty(3, 224, 224)],)
+    is_video = "video" in type(model).__module__
+    return empty(1, 3, 16, 112, 112) if is_video else empty(1, 3, 224, 224)
+
+
+# Those for which the record of a run may differ most from the code.
+EXAMPLES = {
+    *("maskrcnn_resnet50_fpn", "raft_small", "r3d_18", "mobilenet_v2"),
+    *("skresnet18", "res2net50d", "dla34", "repghostnet_050", "edgenext_small", "resnest14d"),
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        pytest.param(library, name, marks=[] if name in EXAMPLES else pytest.mark.sweep)
+        for library in ("torchvision", "timm")
+        for name in EXPECTED[library]
+    ],
+)
+def test_plan_with_an_example_matches_facts(library: str, name: str) -> None:
+    model = build(library, name)
+    planned = plan(model, example=example(library, name, model))
+    assert sorted(i.path for i in planned) == sorted(EXPECTED[library][name])
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", EXPECTED["none"])
+def test_plan_with_an_example_refuses_networks_without_residual_branches(name: str) -> None:
+    model = build(*name.split("/"))
+    with pytest.raises(ValueError, match=r"^found no place for SimAM"):
+        plan(model, example=example(*name.split("/"), model))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "efficientnet_b0"])
+def test_plan_with_an_example_equals_the_plan_at_every_place(name: str, place: str) -> None:
+    model = build("torchvision", name)
+    with_example = plan(model, place=place, example=example("torchvision", name, model))
+    assert with_example == plan(model, place=place)
 
 
 @pytest.mark.parametrize("name", sampled(EXPECTED["torchvision"], TORCHVISION_SAMPLE))

@@ -10,7 +10,6 @@ from torch import nn
 from simam import Insertion, Plan, SimAM, attach, plan
 from tests.helpers.tiny_blocks import basic, block, conv, host_paths, snapshot
 
-
 HINT = (
     "Give an example of the model's input to analyse such blocks by what they do: "
     "example=torch.zeros(1, 3, 224, 224). It passes through the model once, without computing "

@@ -12,6 +12,7 @@ from torch import nn
 
 from .convolutions import holds_spatial_convolution, is_convolution, plain_class
 
+_SUMS = ("sum", "add", "add_")
 # Parts of the names of functions whose result has another resolution than their input.
 UPSAMPLING = ("interpolate", "upsampl", "pixel_shuffle", "pixelshuffle", "unpool")
 
@@ -64,9 +65,8 @@ def _functions_in(method: FunctionType) -> Iterator[FunctionType]:
     """The functions that a method calls by a global name and that take two values."""
     for name in method.__code__.co_names:
         function = method.__globals__.get(name)
-        if isinstance(function, FunctionType) and function.__code__.co_argcount > 1:
-            if not function.__module__.startswith("torch."):
-                yield function
+        if isinstance(function, FunctionType) and not function.__module__.startswith("torch."):
+            yield from [function] if function.__code__.co_argcount > 1 else []
 
 
 @cache
@@ -95,9 +95,7 @@ def _contains_sum(function: Callable[..., Any]) -> bool:
             operands = [node.left, node.right]
         elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add):
             operands = [node.target, node.value]
-        elif isinstance(node, ast.Name) and node.id == "sum":
-            return True
-        elif isinstance(node, ast.Attribute) and node.attr in ("add", "add_"):
+        elif isinstance(node, ast.Name | ast.Attribute) and _name_of(node) in _SUMS:
             return True
         else:
             continue
@@ -108,7 +106,7 @@ def _contains_sum(function: Callable[..., Any]) -> bool:
 
 def _names(value: ast.expr, assigned: dict[str, list[ast.expr]]) -> set[str]:
     """The names in an expression, and in the expressions that were assigned to these."""
-    ahead, names = [value], set()
+    ahead, names = [value], set[str]()
     for each in ahead:
         new = {n.id for n in ast.walk(each) if isinstance(n, ast.Name)} - names
         names |= new

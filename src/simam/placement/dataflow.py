@@ -106,8 +106,9 @@ class BlockGraph(Graph):
 
     def _upsamples(self, node: fx.Node) -> bool:
         module = self.called(node)
-        is_transposed = getattr(module, "transposed", False) and max(kernel_size(module)) > 1
-        return is_transposed or any(part in self.name(node) for part in UPSAMPLING)
+        if module is not None and getattr(module, "transposed", False):
+            return max(kernel_size(module)) > 1
+        return any(part in self.name(node) for part in UPSAMPLING)
 
     def whole(self) -> Branch | None:
         """The block from input to output as a branch.
@@ -126,7 +127,7 @@ class BlockGraph(Graph):
         parts = parts_of_adapters(self.block)
         return sum(is_convolution(m) and m not in parts for m in self.modules.values()) > 1
 
-    def is_within_a_stage(self, branch: Branch, inner: Collection[str], is_model: bool) -> bool:
+    def is_within_a_stage(self, branch: Branch, inner: Collection[str], *, is_model: bool) -> bool:
         """Whether a branch of a whole network goes from block to block at one resolution.
 
         It must concatenate no stages, and not start from the image that a model gets.

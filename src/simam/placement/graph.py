@@ -77,7 +77,12 @@ class Graph:
         """Whether the operation is an activation, a gate, or may be one."""
         name = self.name(node)
         unknown = node in self.trace.opaque and "drop" not in name
-        return unknown or name in ("sin", "cos") or any(part in name for part in NONLINEAR) or bool(self.gates(node))
+        return (
+            unknown
+            or name in ("sin", "cos")
+            or any(part in name for part in NONLINEAR)
+            or bool(self.gates(node))
+        )
 
     def gates(self, node: fx.Node) -> list[fx.Node]:
         """The operands of a product that are gates of the other operand."""

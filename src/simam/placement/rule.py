@@ -193,8 +193,11 @@ def _branches_within_stages(graphs: dict[str, BlockGraph]) -> dict[str, list[Bra
     for path in residual:
         inner = [p.removeprefix(f"{path}.") for p in residual if is_within(p, path)]
         if not path or len(inner) == len(residual) - 1 > 0:
-            graph = graphs[path]
-            branches[path] = [b for b in branches[path] if graph.is_within_a_stage(b, inner, not path)]
+            branches[path] = [
+                branch
+                for branch in branches[path]
+                if graphs[path].is_within_a_stage(branch, inner, is_model=not path)
+            ]
     return branches
 
 

@@ -108,7 +108,7 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         """Call the block without further arguments where its signature takes any number."""
         function, arguments = super().create_args_for_root(*args, **kwargs)
-        further = {"*": (), "**": {}}
+        further: dict[str, Any] = {"*": (), "**": {}}
         for i, argument in enumerate(arguments):
             name = str(argument.node.target) if isinstance(argument, fx.Proxy) else ""
             stars = name[: name.count("*")]
