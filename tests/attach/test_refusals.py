@@ -122,6 +122,7 @@ def test_attach_warns_of_an_unanalysed_block(net: nn.Module) -> None:
     net.append(untraceable())
     message = (
         r"^left without SimAM, because they could not be analysed: 4 \(untraceable, .*Proxy.*\)\. "
+        r"Give an example of the model's input to analyse such blocks by what they do: .*\. "
         r"Choose hosts with where=, or name the blocks in exclude= to accept this\.$"
     )
     with pytest.warns(UserWarning, match=message) as caught:

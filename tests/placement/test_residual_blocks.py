@@ -516,3 +516,66 @@ def test_plan_gives_no_false_alarm_of_sums_that_are_not_residual(kind: type[Bloc
     planned = plan(nn.Sequential(kind(), basic()))
     assert [i.path for i in planned] == ["1.conv2"]
     assert planned.unanalysed == ()
+
+
+@block
+def of_the_image(self, x):
+    return x + self.conv2(self.body(self.conv1(x)))
+
+
+@block
+def of_the_stream(self, x):
+    x = self.conv1(x)
+    return self.norm(x + self.conv2(self.body(x)))
+
+
+@pytest.mark.parametrize("example", [None, MAP], ids=["traced", "example"])
+def test_rule_tells_the_stream_of_a_network_from_its_image(example: Tensor | None) -> None:
+    parts = {"body": nn.Sequential(basic(), basic()), "norm": nn.BatchNorm2d(8)}
+    blocks = ["body.0.conv2", "body.1.conv2"]
+    assert sorted(host_paths(of_the_image(**parts), example)) == blocks
+    assert sorted(host_paths(of_the_stream(**parts), example)) == [*blocks, "conv2"]
+
+
+@block
+def masked(self, x, mask):
+    return x + self.conv2(self.conv1(x * mask).relu() * mask)
+
+
+@block
+def blended(self, x, other):
+    weight = other.mean(1, keepdim=True)
+    return self.branch(x * weight) * weight + other * (1 - weight)
+
+
+def test_rule_counts_a_masked_branch_but_no_blend() -> None:
+    example = (MAP, MAP)
+    assert host_paths(nn.ModuleList([masked()])) == ["0.conv2"]
+    assert host_paths(masked(), example) == ["conv2"]
+    for given in (None, example):
+        with pytest.raises(ValueError, match=r"^found no place for SimAM"):
+            plan(blended(), example=given)
+
+
+class Stage(nn.Module):
+    """A class that adds in one form, and holds blocks in the other."""
+
+    def __init__(self, *, adds: bool) -> None:
+        super().__init__()
+        self.adds = adds
+        self.body = nn.Sequential(conv(), nn.ReLU(), conv()) if adds else Scaled()
+        self.down = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x) if self.adds else self.down(self.body(x).relu())
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.mean((2, 3), keepdim=True).relu()
+
+
+@pytest.mark.parametrize("example", [None, MAP], ids=["traced", "example"])
+def test_rule_takes_no_stage_for_a_block_without_skip(example: Tensor | None) -> None:
+    net = nn.Sequential(Stage(adds=True), Stage(adds=False))
+    assert host_paths(net, example) == ["0.body.2"]

@@ -127,31 +127,28 @@ class BlockGraph(Graph):
         parts = parts_of_adapters(self.block)
         return sum(is_convolution(m) and m not in parts for m in self.modules.values()) > 1
 
-    def is_within_a_stage(self, branch: Branch, inner: Collection[str], *, is_model: bool) -> bool:
+    def is_within_a_stage(self, branch: Branch, inner: set[str]) -> bool:
         """Whether a branch of a whole network goes from block to block at one resolution.
 
-        It must concatenate no stages, and not start from the image that a model gets.
+        It begins with a block, not with the first convolution of the network. In the code of the
+        network it concatenates nothing, and it runs no other part with several convolutions.
 
         Args:
             branch (Branch): a branch of a network.
-            inner (collection of str): the paths of the residual blocks in the network.
-            is_model (bool): whether the network is the whole model.
+            inner (set of str): the paths of the residual blocks in the network.
         """
         if branch.is_upsampled or not inner:
             return not branch.is_upsampled
         around = {path[:i] for path in inner for i, c in enumerate(f"{path}.") if c == "."}
         others = {p for p, m in self.modules.items() if p not in around and _has_several(m)}
-        is_of_image = is_model and all(start.op == "placeholder" for start in branch.starts)
-        return not is_of_image and not any(
-            self._runs_first(node, others, inner)
-            or (operation(node) in _CONCATENATE and not self.trace.callers[node])
-            for node in branch.nodes
-        )
-
-    def _runs_first(self, node: fx.Node, paths: Collection[str], others: Collection[str]) -> bool:
-        """Whether the outermost of two groups of modules that runs an operation is of the first."""
-        callers = self.trace.callers[node]
-        return next((p in paths for p in callers if p in paths or p in others), False)
+        in_blocks = {n for n in branch.nodes if not inner.isdisjoint(self.trace.callers[n])}
+        for node in branch.nodes - in_blocks:
+            callers = self.trace.callers[node]
+            is_first = self._is_spatial(node) and any(node in self.ancestors[n] for n in in_blocks)
+            concatenates = not callers and operation(node) in _CONCATENATE
+            if is_first or concatenates or not others.isdisjoint(callers):
+                return False
+        return True
 
     def touches(self, branch: Branch, path: str) -> bool:
         """Whether a module of the block acts in a branch, behind it, or on the block's input.

@@ -191,13 +191,10 @@ def _branches_within_stages(graphs: dict[str, BlockGraph]) -> dict[str, list[Bra
     branches = {path: graph.residual_branches() for path, graph in graphs.items()}
     residual = [path for path, found in branches.items() if found]
     for path in residual:
-        inner = [p.removeprefix(f"{path}.") for p in residual if is_within(p, path)]
+        inner = {p.removeprefix(f"{path}.") for p in residual if is_within(p, path)}
         if not path or len(inner) == len(residual) - 1 > 0:
-            branches[path] = [
-                branch
-                for branch in branches[path]
-                if graphs[path].is_within_a_stage(branch, inner, is_model=not path)
-            ]
+            graph = graphs[path]
+            branches[path] = [b for b in branches[path] if graph.is_within_a_stage(b, inner)]
     return branches
 
 
