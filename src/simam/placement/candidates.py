@@ -12,7 +12,6 @@ from torch import nn
 
 from .convolutions import holds_spatial_convolution, is_convolution, plain_class
 
-_SUMS = ("sum", "add", "add_")
 # Parts of the names of functions whose result has another resolution than their input.
 UPSAMPLING = ("interpolate", "upsampl", "pixel_shuffle", "pixelshuffle", "unpool")
 
@@ -34,14 +33,8 @@ def may_be_residual(block: nn.Module) -> bool:
 def _is_helper(child: nn.Module) -> bool:
     kind = plain_class(child)
     is_of_torch = kind.__module__.startswith("torch.")
-    return not is_of_torch and _adds_its_inputs(kind) and not holds_spatial_convolution(child)
-
-
-@cache
-def _adds_its_inputs(kind: Any) -> bool:
-    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
-    takes_two = sum(p.default is p.empty for p in parameters) > 1
-    return takes_two and _contains_sum(kind.forward)
+    adds = not is_of_torch and _contains_sum(kind.forward, of_inputs=True)
+    return adds and not holds_spatial_convolution(child)
 
 
 @cache
@@ -49,7 +42,9 @@ def _adds(kind: type) -> bool:
     """Whether a method of the class other than its constructor, or a function, contains a sum."""
     methods = list(_methods(kind))
     return any(map(_contains_sum, methods)) or any(
-        _contains_sum(function) for method in methods for function in _functions_in(method)
+        _contains_sum(function, of_inputs=True)
+        for method in methods
+        for function in _functions_in(method)
     )
 
 
@@ -62,16 +57,22 @@ def _methods(kind: type) -> Iterator[FunctionType]:
 
 
 def _functions_in(method: FunctionType) -> Iterator[FunctionType]:
-    """The functions that a method calls by a global name and that take two values."""
+    """The functions that a method calls by a global name."""
     for name in method.__code__.co_names:
         function = method.__globals__.get(name)
         if isinstance(function, FunctionType) and not function.__module__.startswith("torch."):
-            yield from [function] if function.__code__.co_argcount > 1 else []
+            yield function
 
 
 @cache
-def _contains_sum(function: Callable[..., Any]) -> bool:
-    """Whether a function adds what may be two maps of the same resolution."""
+def _contains_sum(function: Callable[..., Any], *, of_inputs: bool = False) -> bool:
+    """Whether a function adds what may be two maps of the same resolution.
+
+    Args:
+        function (callable): the function.
+        of_inputs (bool): whether only sums count that join what comes from two parameters without
+            a default, or two values of one.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError):  # without source, assume that it adds
@@ -83,7 +84,12 @@ def _contains_sum(function: Callable[..., Any]) -> bool:
                 if isinstance(target, ast.Name):
                     assigned.setdefault(target.id, []).append(node.value)
 
+    parameters = inspect.signature(function).parameters.values()
+    inputs = {p.name for p in parameters if p.default is p.empty} - {"self"}
+
     def is_sum_of_maps(one: ast.expr, other: ast.expr) -> bool:
+        if of_inputs and inputs.isdisjoint(_names(one, assigned)):
+            return False
         values = assigned.get(one.id, []) if isinstance(one, ast.Name) else [one]
         if values and all(map(_is_number, values)):
             return False
@@ -95,13 +101,20 @@ def _contains_sum(function: Callable[..., Any]) -> bool:
             operands = [node.left, node.right]
         elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add):
             operands = [node.target, node.value]
-        elif isinstance(node, ast.Name | ast.Attribute) and _name_of(node) in _SUMS:
+        elif _is_named_sum(node) and not of_inputs:
             return True
         else:
             continue
         if is_sum_of_maps(*operands) and is_sum_of_maps(*reversed(operands)):
             return True
     return False
+
+
+def _is_named_sum(node: ast.AST) -> bool:
+    """Whether the builtin `sum` is named, or a function or method `add`."""
+    if isinstance(node, ast.Attribute):
+        return node.attr in ("add", "add_")
+    return isinstance(node, ast.Name) and node.id == "sum"
 
 
 def _names(value: ast.expr, assigned: dict[str, list[ast.expr]]) -> set[str]:

@@ -62,6 +62,7 @@ class BlockGraph(Graph):
         self.block = block
         self.kind = plain_class(block)
         self._holders = {n for n, m in self.modules.items() if holds_spatial_convolution(m)}
+        self._upsampled = set(filter(self._upsamples, self.ancestors))
         self._sums = {
             node: self.operands(node)
             for node in self.ancestors
@@ -90,19 +91,25 @@ class BlockGraph(Graph):
                 (shortcut,) = (side for side in sides if side is not branch)
                 is_gated = any(map(self.gates, shortcut.nodes))
                 is_of_one_stream = branch.is_upsampled == shortcut.is_upsampled
-                if is_of_one_stream and not is_gated and not self._are_summed(branch.last):
-                    found.append(branch)
+                last = self._last(branch.nodes)
+                if is_of_one_stream and not is_gated and not self._are_summed(last):
+                    found.append(branch._replace(last=last))
         return found
 
     def _side(self, end: fx.Node, other: fx.Node, common: set[fx.Node]) -> Branch:
-        """One side of an add, as a branch beside the other operand."""
+        """One side of an add, as a branch beside the other operand; its last are not known yet."""
         nodes, shortcut = self._reach(end, common), self._reach(other, common)
         starts = common.intersection([other, *chain(*map(self.operands, shortcut))])
-        upsampled = set(filter(self._upsamples, self.ancestors)) - common
+        return Branch([], end, nodes, starts, self._is_upsampled(end, common))
+
+    def _is_upsampled(self, end: fx.Node, common: set[fx.Node]) -> bool:
+        """Whether a value depends on common ancestors only through an upsampling."""
+        upsampled = self._upsampled - common
+        if not upsampled:
+            return False
         near = self._reach(end, upsampled | common)
         stops = {end, *chain(*map(self.operands, near))}
-        is_upsampled = common.isdisjoint(stops) and not upsampled.isdisjoint(stops)
-        return Branch(self._last(nodes), end, nodes, starts, is_upsampled)
+        return common.isdisjoint(stops) and not upsampled.isdisjoint(stops)
 
     def _upsamples(self, node: fx.Node) -> bool:
         module = self.called(node)

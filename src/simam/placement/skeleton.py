@@ -24,13 +24,13 @@ def skeleton(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Modul
     def copied(tensor: Tensor) -> Tensor:
         if is_lazy(tensor):
             return tensor
-        value = convert(tensor.detach())
+        value = convert(tensor)
         is_parameter = isinstance(tensor, nn.Parameter)
         return nn.Parameter(value, tensor.requires_grad) if is_parameter else value
 
-    tensors = chain(module.parameters(), module.buffers())
+    memo = {id(t): copied(t) for t in chain(module.parameters(), module.buffers())}
     with _TensorCopies(copied):
-        clone = copy.deepcopy(module, {id(t): copied(t) for t in tensors})
+        clone = copy.deepcopy(module, memo)
     clone.eval()
     for part in list(clone.modules()):
         part._forward_hooks.clear()
