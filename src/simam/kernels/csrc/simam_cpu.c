@@ -17,6 +17,9 @@
 #include "types.h"
 #include "half.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -145,6 +148,9 @@ typedef struct {
 #else
 #define FLOAT_LANES 4
 #endif
+#if defined(__F16C__)
+#define HAS_F16C
+#endif
 #define LEVEL compiled
 #define LEVEL_NAME "as compiled"
 #include "stages.inc"
@@ -174,6 +180,7 @@ typedef struct {
 #if defined(HAS_V3)
 BEGIN_TARGET(V3_FEATURES)
 #define FLOAT_LANES 8
+#define HAS_F16C
 #define LEVEL v3
 #define LEVEL_NAME "x86-64-v3"
 #include "stages.inc"
@@ -183,6 +190,7 @@ END_TARGET
 #if defined(HAS_V4)
 BEGIN_TARGET(V4_FEATURES)
 #define FLOAT_LANES 16
+#define HAS_F16C
 #define LEVEL v4
 #define LEVEL_NAME "x86-64-v4"
 #include "stages.inc"
