@@ -1,6 +1,6 @@
 /* SimAM on the CPU: the tiles, the threads and the exported functions. The arithmetic is in
-   kernel.inc. Plain C without headers of torch or Python, so that one build works with every
-   version of both.
+   kernel.inc, and stages.inc compiles it for each set of instructions. Plain C without headers of
+   torch or Python, so that one build works with every version of both.
 
    A job runs in stages. The first computes the moments of every channel. In the forward pass the
    second computes the output; in the backward pass the second, backward_reduce, computes the sums
@@ -139,7 +139,8 @@ typedef struct {
 } Level;
 
 /* The instructions that the compiler was asked for. */
-#if defined(_MSC_VER)
+#if defined(FLOAT_LANES) /* for tests */
+#elif defined(_MSC_VER)
 #define FLOAT_LANES 1 /* no vector types */
 #elif defined(__AVX512F__)
 #define FLOAT_LANES 16
@@ -156,8 +157,9 @@ typedef struct {
 #include "stages.inc"
 
 /* On x86-64 the library also holds the levels above that, and selects one when it runs. With
-   SIMAM_ONE_LEVEL it does not, so that each level can be tested. */
-#if defined(__x86_64__) && !defined(SIMAM_ONE_LEVEL)
+   SIMAM_ONE_LEVEL it does not, so that each level can be tested. Not on Windows, where GCC does not
+   align large vectors on the stack. */
+#if defined(__x86_64__) && !defined(_WIN32) && !defined(SIMAM_ONE_LEVEL)
 #if !defined(__AVX2__)
 #define HAS_V3
 #endif
@@ -348,7 +350,8 @@ static void run_tiles(int64_t begin, int64_t end, void *context)
     for (int64_t i = begin; i < end; i++) {
         const int64_t block = i / job->tiles_per_block;
         const Tile tile = get_tile(job, block, i % job->tiles_per_block);
-        run_stage(work->level, job, work->stage, &tile, &work->block_stats[block], &work->tile_stats[i],
+        run_stage(work->level, job, work->stage, &tile, &work->block_stats[block],
+                  &work->tile_stats[i],
                   work->scratch ? work->scratch + block * scratch_size(job) : NULL);
     }
 }
@@ -426,7 +429,7 @@ static int run(Job *job, const Stage *stages, int num_stages, ParallelFor *paral
     } else {
         job->channels *= job->samples;
         job->samples = 1;
-        /* A multiple of four, because contiguous_moments processes four channels at a time. */
+        /* A multiple of four, because the kernel sums four channels at a time. */
         job->block_channels = job->positions > SHORT_CHANNEL
                                   ? 1
                                   : min_i64(BLOCK_CHANNELS, TILE_ELEMENTS / job->positions / 4 * 4);
