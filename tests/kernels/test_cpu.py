@@ -327,7 +327,7 @@ def test_import_keeps_subnormal_numbers() -> None:
 
 def put_sum(queue: "multiprocessing.SimpleQueue[float]", x: Tensor) -> None:
     torch.set_num_threads(1)
-    queue.put(cpu.forward(x, 0.1, "shared").sum().item())
+    queue.put(cpu.forward(x, 0.1, "shared").double().sum().item())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not fork")
@@ -338,7 +338,7 @@ def test_forward_runs_in_a_forked_process_after_a_parallel_region() -> None:
     torch.set_num_threads(2)
     try:
         x = normal(4, 64, 56 * 56).float()
-        expected = cpu.forward(x, 0.1, "shared").sum().item()
+        expected = cpu.forward(x, 0.1, "shared").double().sum().item()
         context = multiprocessing.get_context("fork")
         queue = context.SimpleQueue()
         child = context.Process(target=put_sum, args=(queue, x))

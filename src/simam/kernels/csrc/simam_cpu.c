@@ -424,7 +424,11 @@ static int run(Job *job, const Stage *stages, int num_stages, ParallelFor *paral
     advise_huge_pages(job->out,
                       job->samples * job->channels * job->positions * element_size(job->dtype));
     if (job->channels_last) {
-        job->block_channels = min_i64(BLOCK_CHANNELS, job->channels);
+        /* The last block does not get fewer channels than the lanes of a vector. */
+        const int64_t last = job->channels % BLOCK_CHANNELS;
+        const int64_t block = last > 0 && last < MAX_LANES ? BLOCK_CHANNELS - MAX_LANES
+                                                           : BLOCK_CHANNELS;
+        job->block_channels = min_i64(block, job->channels);
         job->tile_positions = TILE_POSITIONS;
     } else {
         job->channels *= job->samples;
