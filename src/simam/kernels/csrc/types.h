@@ -10,11 +10,13 @@
 #if defined(_MSC_VER)
 #define INLINE __forceinline
 #define SIMD(clauses) __pragma(omp simd clauses)
+#define UNROLL
 #define PREFETCH(address, to_write) ((void)(address))
 #else
 #define INLINE inline __attribute__((always_inline))
 #define PRAGMA(text) _Pragma(#text)
 #define SIMD(clauses) PRAGMA(omp simd clauses)
+#define UNROLL PRAGMA(GCC unroll 8)
 #define PREFETCH(address, to_write) \
     ((to_write) ? __builtin_prefetch(address, 1, 2) : __builtin_prefetch(address, 0, 2))
 #endif
