@@ -92,6 +92,66 @@ def test_forward_and_backward_at_every_block_and_tile_limit(
     check(cpu, x, normal(*shape, seed=1).to(dtype), 1e-4, statistics)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@both_statistics
+def test_forward_and_backward_on_rows_of_every_length(statistics: str, dtype: torch.dtype) -> None:
+    # Rows are processed in vectors of up to 16 elements, so that the ends of rows fall on every
+    # position of a vector; 21 or 7 rows do not fill groups of 4, 8 or 16 rows.
+    x, grad_output = normal(3, 7, 300).to(dtype), normal(3, 7, 300, seed=1).to(dtype)
+    for length in range(1, 301):
+        samples = 3 if length < 50 else 1
+        rows = x[:samples, :, :length].contiguous()
+        check(cpu, rows, grad_output[:samples, :, :length], 1e-4, statistics)
+
+
+@both_statistics
+def test_forward_and_backward_with_every_number_of_channels(statistics: str) -> None:
+    # Channels-last lines are processed in vectors too; blocks hold 64 channels.
+    for channels in range(1, 131):
+        dtype = DTYPES[channels % 4]
+        x = lay_out(normal(1, channels, 5), True).to(dtype)
+        check(cpu, x, normal(1, channels, 5, seed=1).to(dtype), 1e-4, statistics)
+
+
+@both_layouts
+@both_statistics
+def test_forward_and_backward_write_nothing_outside_the_map(
+    channels_last: bool, statistics: str
+) -> None:
+    library, pointer = cpu._library, ctypes.c_void_p
+    for samples, channels, positions in [(2, 3, 1), (1, 5, 9), (3, 7, 49), (2, 65, 3), (1, 1, 30)]:
+        for code, dtype in enumerate(DTYPES):
+            count = samples * channels * positions
+            x, grad_output = normal(2, count + 32).to(dtype)
+            out, dx = torch.full((2, count + 32), 7, dtype=dtype)
+            sizes = (samples, channels, positions, 0.1, code, channels_last)
+            options = (*sizes, statistics == "leave_one_out", None, 1)
+            data = [pointer(each[16:].data_ptr()) for each in (grad_output, x, out, dx)]
+            assert library.simam_forward(data[1], data[2], *options) == 0
+            assert library.simam_backward(data[0], data[1], data[3], *options) == 0
+            for result in (out, dx):
+                assert torch.equal(result[:16], torch.full_like(result[:16], 7))
+                assert torch.equal(result[16 + count :], torch.full_like(result[:16], 7))
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 7, 9, 15, 16, 17, 25, 49, 196])
+@both_statistics
+def test_forward_and_backward_keep_nan_at_the_ends_of_a_row_in_the_row(
+    length: int, statistics: str
+) -> None:
+    for dtype, index in itertools.product((torch.float32, torch.bfloat16), (0, -1)):
+        x, grad_output = normal(3, 5, length).to(dtype), normal(3, 5, length, seed=1).to(dtype)
+        clean = both_passes(x, grad_output, statistics)
+        for sample, channel in [(0, 0), (1, 2), (2, 4)]:
+            broken = x.clone()
+            broken[sample, channel, index] = math.nan
+            dirty = both_passes(broken, grad_output, statistics)
+            for before, after in zip(clean, dirty, strict=True):
+                assert after[sample, channel].isnan().all()
+                after[sample, channel] = before[sample, channel]
+                assert torch.equal(before, after)
+
+
 @both_layouts
 @both_statistics
 def test_forward_and_backward_are_bitwise_equal_for_any_number_of_threads(
@@ -223,6 +283,15 @@ def test_forward_accepts_lambda_below_float32_range() -> None:
     assert torch.equal(cpu.forward(x, 1e-300, "shared"), x)
 
 
+@both_layouts
+def test_forward_opens_the_gate_where_the_energy_underflows(channels_last: bool) -> None:
+    # The other neurons are equal, so their variance is lambda, and float32 cannot hold 1 / e*.
+    x = torch.zeros(1, 3, 40)
+    x[0, 1, 5] = 1e10
+    actual = cpu.forward(lay_out(x, channels_last), 1e-30, "leave_one_out")
+    assert torch.equal(actual, x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_backward_accepts_the_smallest_lambda(dtype: torch.dtype) -> None:
     x = torch.zeros(1, 2, 5, dtype=dtype)
@@ -258,7 +327,7 @@ def test_import_keeps_subnormal_numbers() -> None:
 
 def put_sum(queue: "multiprocessing.SimpleQueue[float]", x: Tensor) -> None:
     torch.set_num_threads(1)
-    queue.put(cpu.forward(x, 0.1, "shared").sum().item())
+    queue.put(cpu.forward(x, 0.1, "shared").double().sum().item())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not fork")
@@ -269,7 +338,7 @@ def test_forward_runs_in_a_forked_process_after_a_parallel_region() -> None:
     torch.set_num_threads(2)
     try:
         x = normal(4, 64, 56 * 56).float()
-        expected = cpu.forward(x, 0.1, "shared").sum().item()
+        expected = cpu.forward(x, 0.1, "shared").double().sum().item()
         context = multiprocessing.get_context("fork")
         queue = context.SimpleQueue()
         child = context.Process(target=put_sum, args=(queue, x))

@@ -1,6 +1,6 @@
 /* SimAM on the CPU: the tiles, the threads and the exported functions. The arithmetic is in
-   kernel.inc. Plain C without headers of torch or Python, so that one build works with every
-   version of both.
+   kernel.inc, and stages.inc compiles it for each set of instructions. Plain C without headers of
+   torch or Python, so that one build works with every version of both.
 
    A job runs in stages. The first computes the moments of every channel. In the forward pass the
    second computes the output; in the backward pass the second, backward_reduce, computes the sums
@@ -17,6 +17,9 @@
 #include "types.h"
 #include "half.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -64,71 +67,36 @@ static INLINE int64_t element_size(int dtype)
     return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2;
 }
 
+/* Returns the address of element i, which may be out of bounds. */
+static INLINE const void *address(const void *data, int64_t i, int dtype)
+{
+    return (const void *)((uintptr_t)data + (uintptr_t)(i * element_size(dtype)));
+}
+
 /* Prefetches `count` elements from index i. The address may be out of bounds; a prefetch never
    faults. */
 static INLINE void prefetch(const void *data, int64_t i, int64_t count, int dtype, int to_write)
 {
-    const int64_t size = element_size(dtype);
-    const uintptr_t start = (uintptr_t)data + (uintptr_t)(i * size);
-    for (int64_t offset = 0; offset < count * size; offset += 64)
-        PREFETCH((const void *)(start + (uintptr_t)offset), to_write);
+    const int64_t per_cache_line = 64 / element_size(dtype);
+    for (int64_t j = i; j < i + count; j += per_cache_line)
+        PREFETCH(address(data, j, dtype), to_write);
+}
+
+/* What a contiguous line prefetches: the same line of the next tile. */
+typedef struct {
+    const void *x, *dy, *out;
+} Ahead;
+
+static INLINE Ahead look_ahead(const Job *job, int64_t i)
+{
+    return (Ahead){address(job->x, i, job->dtype), address(job->dy, i, job->dtype),
+                   address(job->out, i, job->dtype)};
 }
 
 #define LOG2_E 1.4426950408889634
 
-/* EXP2_POLYNOMIAL is the minimax approximation of 2^f for |f| <= 1/2. Its error is 7.5e-8 in
-   float, which gives a gate accurate to 2e-8, and 2.2e-16 in double. MAX_Q bounds q so that
-   coef_d, coef_s and q_log2e are finite. */
-#define REAL float
-#define NAME(name) name##_float
-#define UINT uint32_t
-#define MANTISSA_BITS 23
-#define MAGIC (0x1.8p23f + 127)
-#define MIN_EXPONENT (-126.0f)
-#define MAX_Q 1e38
-#define EXP2_POLYNOMIAL(f) \
-    (0x1.000002p0f + \
-     f * (0x1.62e428p-1f + \
-          f * (0x1.ebf918p-3f + f * (0x1.c6b6e4p-5f + f * (0x1.3d0c52p-7f + f * 0x1.5c08e6p-10f)))))
-#include "kernel.inc"
-#undef REAL
-#undef NAME
-#undef UINT
-#undef MANTISSA_BITS
-#undef MAGIC
-#undef MIN_EXPONENT
-#undef MAX_Q
-#undef EXP2_POLYNOMIAL
-
-#define REAL double
-#define NAME(name) name##_double
-#define UINT uint64_t
-#define MANTISSA_BITS 52
-#define MAGIC (0x1.8p52 + 1023)
-#define MIN_EXPONENT (-1022.0)
-#define MAX_Q 1e307
-#define EXP2_POLYNOMIAL(f) \
-    (1.0 + \
-     f * (0x1.62e42fefa3a17p-1 + \
-          f * (0x1.ebfbdff82c3b9p-3 + \
-               f * (0x1.c6b08d703d48ap-5 + \
-                    f * (0x1.3b2ab6fbde0f7p-7 + \
-                         f * (0x1.5d87fe9cc5d6fp-10 + \
-                              f * (0x1.4309126056718p-13 + \
-                                   f * (0x1.ffcb55e82f22cp-17 + \
-                                        f * (0x1.62c157ee59177p-20 + \
-                                             f * (0x1.b6740fc28f781p-24 + \
-                                                  f * 0x1.e3991e644e6abp-28))))))))))
-#include "kernel.inc"
-
-/* target_clones does not apply to callees, so every callee is inlined. GCC accepts these names,
-   which stand for sets of features, from version 12 on. */
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
-#define HAS_CLONES
-#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define CLONES
-#endif
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
 
 /* BOOL_SWITCH runs a statement in which CONSTANT is the value of the condition. DISPATCH_DTYPE
    calls the float or double version of a function, with arguments in which DTYPE is the dtype.
@@ -153,41 +121,102 @@ static INLINE void prefetch(const void *data, int64_t i, int64_t count, int dtyp
 
 #define DISPATCH_DTYPE(dtype, function, arguments) \
     switch (dtype) { \
-        CASE_DTYPE(FLOAT64, function##_double arguments) \
-        CASE_DTYPE(FLOAT32, function##_float arguments) \
-        CASE_DTYPE(BFLOAT16, function##_float arguments) \
-        CASE_DTYPE(FLOAT16, function##_float arguments) \
+        CASE_DTYPE(FLOAT64, PASTE(function##_double, LEVEL) arguments) \
+        CASE_DTYPE(FLOAT32, PASTE(function##_float, LEVEL) arguments) \
+        CASE_DTYPE(BFLOAT16, PASTE(function##_float, LEVEL) arguments) \
+        CASE_DTYPE(FLOAT16, PASTE(function##_float, LEVEL) arguments) \
     }
 
-CLONES static void compute_moments(const Job *job, const Tile *tile, Moments *m)
-{
-    DISPATCH_DTYPE(job->dtype, moments_tile, (job, tile, m, DTYPE));
-}
+/* The functions that run the stages on a tile, for one instruction set. */
+typedef struct {
+    const char *name;
+    void (*compute_moments)(const Job *job, const Tile *tile, Moments *m);
+    void (*forward)(const Job *job, const Tile *tile, const Moments *m);
+    void (*backward_reduce)(const Job *job, const Tile *tile, const Moments *m, Sums *sums,
+                            float *scratch);
+    void (*backward_apply)(const Job *job, const Tile *tile, const Moments *m, const Sums *sums,
+                           float *scratch);
+} Level;
 
-CLONES static void forward(const Job *job, const Tile *tile, const Moments *m)
-{
-    BOOL_SWITCH(job->channels_last, CHANNELS_LAST,
-                BOOL_SWITCH(job->leave_one_out, LEAVE_ONE_OUT,
-                            DISPATCH_DTYPE(job->dtype, forward_tile,
-                                           (job, tile, m, DTYPE, CHANNELS_LAST, LEAVE_ONE_OUT))));
-}
+/* The instructions that the compiler was asked for. */
+#if defined(FLOAT_LANES) /* for tests */
+#elif defined(_MSC_VER)
+#define FLOAT_LANES 1 /* no vector types */
+#elif defined(__AVX512F__)
+#define FLOAT_LANES 16
+#elif defined(__AVX2__)
+#define FLOAT_LANES 8
+#else
+#define FLOAT_LANES 4
+#endif
+#if defined(__F16C__)
+#define HAS_F16C
+#endif
+#define LEVEL compiled
+#define LEVEL_NAME "as compiled"
+#include "stages.inc"
 
-CLONES static void backward_reduce(
-    const Job *job, const Tile *tile, const Moments *m, Sums *sums, float *scratch)
-{
-    BOOL_SWITCH(job->channels_last, CHANNELS_LAST,
-                BOOL_SWITCH(job->leave_one_out, LEAVE_ONE_OUT,
-                            DISPATCH_DTYPE(job->dtype, backward_reduce_tile,
-                                           (job, tile, m, sums, scratch, DTYPE, CHANNELS_LAST,
-                                            LEAVE_ONE_OUT))));
-}
+/* On x86-64 the library also holds the levels above that, and selects one when it runs. With
+   SIMAM_ONE_LEVEL it does not, so that each level can be tested. Not on Windows, where GCC does not
+   align large vectors on the stack. */
+#if defined(__x86_64__) && !defined(_WIN32) && !defined(SIMAM_ONE_LEVEL)
+#if !defined(__AVX2__)
+#define HAS_V3
+#endif
+#if !defined(__AVX512F__)
+#define HAS_V4
+#endif
+#endif
 
-CLONES static void backward_apply(
-    const Job *job, const Tile *tile, const Moments *m, const Sums *sums, float *scratch)
+#define V3_FEATURES "avx2,bmi2,f16c,fma"
+#define V4_FEATURES "avx2,bmi2,f16c,fma,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
+#if defined(__clang__)
+#define BEGIN_TARGET(features) \
+    PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define END_TARGET PRAGMA(GCC pop_options)
+#endif
+
+#if defined(HAS_V3)
+BEGIN_TARGET(V3_FEATURES)
+#define FLOAT_LANES 8
+#define HAS_F16C
+#define LEVEL v3
+#define LEVEL_NAME "x86-64-v3"
+#include "stages.inc"
+END_TARGET
+#endif
+
+#if defined(HAS_V4)
+BEGIN_TARGET(V4_FEATURES)
+#define FLOAT_LANES 16
+#define HAS_F16C
+#define LEVEL v4
+#define LEVEL_NAME "x86-64-v4"
+#include "stages.inc"
+END_TARGET
+#endif
+
+/* Returns the highest level that the library holds and that this processor has. */
+static const Level *select_level(void)
 {
-    BOOL_SWITCH(job->channels_last, CHANNELS_LAST,
-                DISPATCH_DTYPE(job->dtype, backward_apply_tile,
-                               (job, tile, m, sums, scratch, DTYPE, CHANNELS_LAST)));
+#if defined(HAS_V4)
+    __builtin_cpu_init();
+    const int v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                   __builtin_cpu_supports("bmi2");
+    const int v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl");
+    if (v3 && v4)
+        return &level_v4;
+#if defined(HAS_V3)
+    if (v3)
+        return &level_v3;
+#endif
+#endif
+    return &level_compiled;
 }
 
 static Tile get_tile(const Job *job, int64_t block, int64_t index)
@@ -221,21 +250,21 @@ typedef struct {
 
 typedef enum { MOMENTS, FORWARD, BACKWARD_REDUCE, BACKWARD_APPLY } Stage;
 
-static void run_stage(const Job *job, Stage stage, const Tile *tile,
+static void run_stage(const Level *level, const Job *job, Stage stage, const Tile *tile,
                       const ChannelStats *block_stats, ChannelStats *tile_stats, float *scratch)
 {
     switch (stage) {
     case MOMENTS:
-        compute_moments(job, tile, &tile_stats->moments);
+        level->compute_moments(job, tile, &tile_stats->moments);
         break;
     case FORWARD:
-        forward(job, tile, &block_stats->moments);
+        level->forward(job, tile, &block_stats->moments);
         break;
     case BACKWARD_REDUCE:
-        backward_reduce(job, tile, &block_stats->moments, &tile_stats->sums, scratch);
+        level->backward_reduce(job, tile, &block_stats->moments, &tile_stats->sums, scratch);
         break;
     case BACKWARD_APPLY:
-        backward_apply(job, tile, &block_stats->moments, &block_stats->sums, scratch);
+        level->backward_apply(job, tile, &block_stats->moments, &block_stats->sums, scratch);
     }
 }
 
@@ -265,6 +294,7 @@ typedef int32_t ParallelFor(int64_t begin, int64_t end, int64_t grain, LoopBody 
 enum { GRAIN_ELEMENTS = 32768 };
 
 typedef struct {
+    const Level *level;
     const Job *job;
     const Stage *stages;
     int num_stages;
@@ -302,10 +332,10 @@ static void run_blocks(int64_t begin, int64_t end, void *context)
             for (int64_t index = 0; index < job->tiles_per_block; index++) {
                 const Tile tile = get_tile(job, block, index);
                 if (job->tiles_per_block == 1) {
-                    run_stage(job, stage, &tile, &block_stats, &block_stats, scratch);
+                    run_stage(work->level, job, stage, &tile, &block_stats, &block_stats, scratch);
                     continue;
                 }
-                run_stage(job, stage, &tile, &block_stats, &tile_stats, scratch);
+                run_stage(work->level, job, stage, &tile, &block_stats, &tile_stats, scratch);
                 accumulate(stage, &tile, &block_stats, &tile_stats);
             }
         }
@@ -320,7 +350,8 @@ static void run_tiles(int64_t begin, int64_t end, void *context)
     for (int64_t i = begin; i < end; i++) {
         const int64_t block = i / job->tiles_per_block;
         const Tile tile = get_tile(job, block, i % job->tiles_per_block);
-        run_stage(job, work->stage, &tile, &work->block_stats[block], &work->tile_stats[i],
+        run_stage(work->level, job, work->stage, &tile, &work->block_stats[block],
+                  &work->tile_stats[i],
                   work->scratch ? work->scratch + block * scratch_size(job) : NULL);
     }
 }
@@ -393,12 +424,16 @@ static int run(Job *job, const Stage *stages, int num_stages, ParallelFor *paral
     advise_huge_pages(job->out,
                       job->samples * job->channels * job->positions * element_size(job->dtype));
     if (job->channels_last) {
-        job->block_channels = min_i64(BLOCK_CHANNELS, job->channels);
+        /* The last block does not get fewer channels than the lanes of a vector. */
+        const int64_t last = job->channels % BLOCK_CHANNELS;
+        const int64_t block = last > 0 && last < MAX_LANES ? BLOCK_CHANNELS - MAX_LANES
+                                                           : BLOCK_CHANNELS;
+        job->block_channels = min_i64(block, job->channels);
         job->tile_positions = TILE_POSITIONS;
     } else {
         job->channels *= job->samples;
         job->samples = 1;
-        /* A multiple of four, because contiguous_moments processes four channels at a time. */
+        /* A multiple of four, because the kernel sums four channels at a time. */
         job->block_channels = job->positions > SHORT_CHANNEL
                                   ? 1
                                   : min_i64(BLOCK_CHANNELS, TILE_ELEMENTS / job->positions / 4 * 4);
@@ -408,7 +443,7 @@ static int run(Job *job, const Stage *stages, int num_stages, ParallelFor *paral
     job->blocks = job->samples * job->blocks_per_sample;
     job->tiles_per_block = (job->positions + job->tile_positions - 1) / job->tile_positions;
 
-    Work work = {.job = job, .stages = stages, .num_stages = num_stages};
+    Work work = {.level = select_level(), .job = job, .stages = stages, .num_stages = num_stages};
     if (parallel_for && job->blocks < threads && job->tiles_per_block > 1)
         return parallel_over_tiles(&work, parallel_for);
     return parallel_over_blocks(&work, parallel_for);
@@ -454,18 +489,8 @@ EXPORT int simam_backward(const void *dy, const void *x, void *dx, int64_t sampl
     return run(&job, stages, 3, parallel_for, threads);
 }
 
-/* Names the instruction set that the clones use on this processor. */
+/* Names the level that runs on this processor. */
 EXPORT const char *simam_cpu_level(void)
 {
-#if defined(HAS_CLONES)
-    __builtin_cpu_init();
-    const int v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                   __builtin_cpu_supports("bmi2");
-    const int v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512vl");
-    return v3 && v4 ? "x86-64-v4" : v3 ? "x86-64-v3" : "x86-64";
-#else
-    return "as compiled";
-#endif
+    return select_level()->name;
 }

@@ -10,12 +10,15 @@
 #if defined(_MSC_VER)
 #define INLINE __forceinline
 #define SIMD(clauses) __pragma(omp simd clauses)
+#define UNROLL
 #define PREFETCH(address, to_write) ((void)(address))
 #else
 #define INLINE inline __attribute__((always_inline))
 #define PRAGMA(text) _Pragma(#text)
 #define SIMD(clauses) PRAGMA(omp simd clauses)
-#define PREFETCH(address, to_write) __builtin_prefetch(address, to_write, 2)
+#define UNROLL PRAGMA(GCC unroll 8)
+#define PREFETCH(address, to_write) \
+    ((to_write) ? __builtin_prefetch(address, 1, 2) : __builtin_prefetch(address, 0, 2))
 #endif
 
 enum { FLOAT64, FLOAT32, BFLOAT16, FLOAT16 };
@@ -32,7 +35,11 @@ enum {
 
 /* A contiguous tile is processed in pieces of at most PIECE elements, and each piece prefetches
    the same piece of the next tile. A channels-last tile prefetches LINES_AHEAD lines ahead. */
-enum { PIECE = 256, LINES_AHEAD = 16 };
+enum { LINES_AHEAD = 16 };
+
+/* The most lanes of a vector; see kernel.inc. */
+enum { MAX_LANES = 16 };
+#define FOR_MAX_LANES(x) x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x
 
 /* A forward or backward pass over a tensor of N samples, C channels and M positions. In the
    contiguous layout the positions of a channel are adjacent in memory, and all N * C channels
