@@ -15,8 +15,9 @@ OUTCOMES = ("works", "works, with a note", "refused clearly", "fails")
 
 @pytest.fixture(scope="session")
 def _recorded(request: pytest.FixtureRequest) -> Iterator[dict[str, list[dict[str, object]]]]:
-    """The cases of this run of pytest by tool; they replace the same tools' cases in the file.
+    """The cases of this run of pytest by tool; they replace those of the same name in the file.
 
+    A tool's other cases stay if they had the same Python and torch: files of tests share a tool.
     The file stays as it is if a test has failed.
     """
     recorded: dict[str, list[dict[str, object]]] = {}
@@ -26,12 +27,17 @@ def _recorded(request: pytest.FixtureRequest) -> Iterator[dict[str, list[dict[st
         return
     file = Path(target)
     results = json.loads(file.read_text()) if file.exists() else {}
-    run = {
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-    }
-    results |= {tool: {**run, "cases": cases} for tool, cases in recorded.items()}
+    versions = {"python": platform.python_version(), "torch": version("torch")}
+    run = {"date": datetime.date.today().isoformat(), **versions}
+    for tool, cases in recorded.items():
+        before = results.get(tool, {"cases": []})
+        names = {case["case"] for case in cases}
+        stay = [
+            case
+            for case in before["cases"]
+            if versions.items() <= before.items() and case["case"] not in names
+        ]
+        results[tool] = {**run, "cases": stay + cases}
     file.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +53,7 @@ def test_where_fits_UNet2DConditionModel(record: Callable[..., None]) -> None:
         "cross_attention_dim": 8,
     }
     net, plain = UNet2DConditionModel(**options).eval(), UNet2DConditionModel(**options)
+    assert [insertion.path for insertion in plan(net)] == HOSTS
     attach(net, where="*.resnets.*.conv2", e_lambda=0.1)
     assert list(attached(net)) == HOSTS
     text = torch.randn(1, 3, 8, dtype=torch.float64)
@@ -63,12 +63,15 @@ def test_where_fits_UNet2DConditionModel(record: Callable[..., None]) -> None:
     record(tool("diffusers"), case, "works", network="UNet2DConditionModel", **differences)
 
 
-def test_plan_without_where_is_refused(record: Callable[..., None]) -> None:
-    """If this test fails, the page may no longer need to name the hosts."""
+def test_plan_without_where_finds_the_hosts(record: Callable[..., None]) -> None:
     net = run_section("frameworks.md", "diffusers")["model"]
-    with pytest.raises(ValueError, match=r"Could not analyse .*down_blocks\.0"):
-        plan(type(net).from_config(net.config))
-    record(tool("diffusers"), "`plan` without `where=`", "refused clearly", network="UNet2DModel")
+    plain = type(net).from_config(net.config)
+    glob = [insertion.path for insertion in plan(plain, where="*.resnets.*.conv2")]
+    assert glob == HOSTS
+    example = {"sample": torch.randn(1, 3, 16, 16), "timestep": 7}
+    for planned in (plan(plain), plan(plain, example=example)):
+        assert [insertion.path for insertion in planned] == glob
+    record(tool("diffusers"), "`plan` without `where=`", "works", network="UNet2DModel")
 
 
 @torch.no_grad()

@@ -18,6 +18,9 @@ There is one file for each library in tests/borders/library_points:
      ]
     }
 
+A model may have "listed": true. Then SimAM cannot follow its points, and each block of a point, the
+module that holds the convolution, is listed as not analysed.
+
 An example has "args", a list, or "kwargs", an object. A tensor is {"shape": [1, 3, 64, 64]}, with
 "dtype" if it is not float32, and holds random values, or zeros if it holds integers. Any other
 argument is {"value": 10}, and a list of arguments {"list": [...]}.
@@ -49,6 +52,7 @@ class LibraryModel(NamedTuple):
     points: list[str]
     none: dict[str, str]
     note: str
+    listed: bool
 
     def build(self) -> nn.Module:
         """The model with random weights, in eval mode."""
@@ -86,6 +90,7 @@ def library_models() -> Iterator[LibraryModel]:
                 model["points"],
                 model["none"],
                 model["note"],
+                model.get("listed", False),
             )
 
 
