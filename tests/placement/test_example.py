@@ -279,6 +279,22 @@ def test_plan_with_an_example_leaves_everything_as_it_was() -> None:
     assert not hasattr(net, "count")
 
 
+def test_plan_with_an_example_accepts_a_module_that_belongs_elsewhere() -> None:
+    @block
+    def given(self, x, act):
+        return x + self.conv2(act(self.conv1(x)))
+
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.block = nn.ReLU(), given()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x, self.act)
+
+    assert paths(Owner()) == ["block.conv2"]
+
+
 @pytest.mark.parametrize(
     "example",
     [[X], "1,8,16,16", 3, X.numpy()],

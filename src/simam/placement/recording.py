@@ -96,8 +96,11 @@ class Recording:
             return nodes[operand]
 
         for value in self._recorder.values[call.values]:
-            target = names[value.target] if value.op == "call_module" else value.target
-            node = graph.create_node(value.op, target, tuple(map(node_of, value.operands)))
+            op, target = value.op, value.target
+            if op == "call_module":  # a module from outside of the block is like a function
+                op = "call_module" if target in names else "call_function"
+                target = names.get(target, type(target))
+            node = graph.create_node(op, target, tuple(map(node_of, value.operands)))
             nodes[value] = node
             inner = value.callers[call.depth + 1 :]
             callers[node] = tuple(names[module] for module in inner if module in names)
