@@ -208,3 +208,13 @@ def test_attached_convolution_named_base_layer_is_no_adapted_one(x: Tensor) -> N
     attach(net, where="*")
     assert simam.attached(net).keys() == {"0.base_layer"}
     assert net(x).shape == x.shape
+
+
+@pytest.mark.parametrize("example", [None, torch.zeros(1, 8, 8, 8)], ids=["traced", "example"])
+def test_plan_gives_no_false_alarm_of_the_layers_in_an_adapter(example: Tensor | None) -> None:
+    net = nn.Sequential(basic(), basic())
+    Tuner(net, "conv2")
+    Tuner(net, "base_layer")  # an adapter of an adapter
+    planned = plan(net, example=example)
+    assert [insertion.path for insertion in planned] == ["0.conv2", "1.conv2"]
+    assert planned.unanalysed == ()
