@@ -317,6 +317,14 @@ def test_plan_refuses_an_example_that_the_model_cannot_take() -> None:
         plan(basic(), example={"image": X})
 
 
+def test_plan_prints_nothing_of_a_run_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    net = nn.Sequential(basic(), nn.MaxPool2d(64))
+    for example in (X, X.to("meta")):
+        with pytest.raises(ValueError, match="Output size is too small"):
+            plan(net, example=example)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_plan_names_an_example_where_a_trace_stops() -> None:
     planned = plan(nn.Sequential(basic(), loops_over_a_split()))
     ((path, _reason),) = [(u.block, u.reason) for u in planned.unanalysed]

@@ -5,6 +5,7 @@ is computed. The code of the model may do in Python what it likes, except read a
 run stops, and a run on the example itself is needed.
 """
 
+import logging
 import random
 import sys
 import warnings
@@ -145,6 +146,7 @@ def record(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_random_states_kept())
+        stack.enter_context(_without_log("torch._subclasses.fake_tensor"))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # warnings of a run that nobody asked for are noise
         if not with_values:
@@ -191,6 +193,16 @@ def _without_values(tensor: Tensor) -> Tensor:
 
 def _on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
+
+
+@contextmanager
+def _without_log(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
 @contextmanager
