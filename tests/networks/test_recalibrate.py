@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from simam import attach, detach
 from simam.recalibrate import recalibrate
 from tests.helpers.by_hand import ByHand
+from tests.helpers.processes import leave
 from tests.helpers.tiny_blocks import snapshot
 
 E_LAMBDA = 0.1
@@ -446,22 +447,20 @@ def work(rank: int, folder: str) -> None:
     store = f"file://{folder}/store"
     timeout = timedelta(seconds=30)  # in case one process waits for the other
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timeout)
-    try:
-        model = DistributedDataParallel(network())
-        # First, since the first forward of the wrapper waits for all processes.
-        unequal = statistics(recalibrate(model, shard(0) if rank == 0 else []).module)
-        failed = attempt(model, shard(0) if rank == 0 else raising(OSError("unreadable")))
-        empty = attempt(model, [])
-        together = statistics(recalibrate(model, shard(rank)).module)
-        plain = plain_and_attached()[0]
-        referred = statistics(recalibrate(model, shard(rank), reference=plain).module)
-        # A model that is not wrapped needs no call in the other process.
-        alone = statistics(recalibrate(network(), shard(0))) if rank == 0 else {}
-        found = {"failed": failed, "empty": empty}
-        found |= {"referred": referred, "together": together, "unequal": unequal, "alone": alone}
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    model = DistributedDataParallel(network())
+    # First, since the first forward of the wrapper waits for all processes.
+    unequal = statistics(recalibrate(model, shard(0) if rank == 0 else []).module)
+    failed = attempt(model, shard(0) if rank == 0 else raising(OSError("unreadable")))
+    empty = attempt(model, [])
+    together = statistics(recalibrate(model, shard(rank)).module)
+    plain = plain_and_attached()[0]
+    referred = statistics(recalibrate(model, shard(rank), reference=plain).module)
+    # A model that is not wrapped needs no call in the other process.
+    alone = statistics(recalibrate(network(), shard(0))) if rank == 0 else {}
+    found = {"failed": failed, "empty": empty}
+    found |= {"referred": referred, "together": together, "unequal": unequal, "alone": alone}
+    torch.save(found, f"{folder}/{rank}.pt")
+    leave()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
