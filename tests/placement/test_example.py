@@ -169,8 +169,22 @@ class ProjectedPlus(nn.Module):
         return self.proj(y) + x
 
 
-def plus(x: Tensor, y: Tensor) -> Tensor:
+class PlusByName(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y.add(x)
+
+
+def add_up(x: Tensor, y: Tensor) -> Tensor:
     return x + y
+
+
+def add_up_by_name(x: Tensor, y: Tensor) -> Tensor:
+    return torch.add(x, y, alpha=0.5)
+
+
+@block
+def added_by_a_named_function(self, x):
+    return add_up_by_name(self.branch(x), x)
 
 
 @block
@@ -180,7 +194,7 @@ def added_by_a_module(self, x):
 
 @block
 def added_by_a_function(self, x):
-    return plus(self.branch(x), x)
+    return add_up(self.branch(x), x)
 
 
 @pytest.mark.parametrize("with_example", [True, False], ids=["example", "traced"])
@@ -189,9 +203,11 @@ def added_by_a_function(self, x):
     [
         lambda: added_by_a_module(plus=Plus()),
         lambda: added_by_a_module(plus=ProjectedPlus()),
+        lambda: added_by_a_module(plus=PlusByName()),
         added_by_a_function,
+        added_by_a_named_function,
     ],
-    ids=["module", "projection", "function"],
+    ids=["module", "projection", "module by name", "function", "function by name"],
 )
 def test_plan_finds_a_sum_in_a_helper(make, with_example) -> None:
     example = X if with_example else None
@@ -333,6 +349,22 @@ def test_plan_names_an_example_where_a_trace_stops() -> None:
     assert "example=" in str(planned)
     with pytest.raises(ValueError, match="example="):
         plan(loops_over_a_split())
+
+
+def test_plan_says_that_a_block_did_not_run_on_the_example() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.extra = basic(), loops_over_a_split()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    planned = plan(Unused(), example=X)
+    assert [i.path for i in planned] == ["body.conv2"]
+    (unanalysed,) = planned.unanalysed
+    assert unanalysed.block == "extra"
+    assert unanalysed.reason.endswith("; it did not run on the example")
 
 
 def test_plan_analyses_what_did_not_run_without_the_example() -> None:

@@ -511,7 +511,25 @@ def counted(self, features):
     return self.conv1(features[offset]).relu(), total
 
 
-@pytest.mark.parametrize("kind", [numbered, top_down, counted])
+@block
+def offset(self, features):
+    offset, rows = 0, []
+    for each in features:
+        count = each.shape[1]
+        rows.append(each[offset : offset + count])
+        offset += count
+    return self.conv1(torch.cat(rows)).relu()
+
+
+@block
+def ranged(self, features):
+    start, step = 1, len(features) // 2
+    for i in range(step):
+        start = start + i
+    return self.conv1(features[start + step]).relu()
+
+
+@pytest.mark.parametrize("kind", [numbered, top_down, counted, offset, ranged])
 def test_plan_gives_no_false_alarm_of_sums_that_are_not_residual(kind: type[Block]) -> None:
     planned = plan(nn.Sequential(kind(), basic()))
     assert [i.path for i in planned] == ["1.conv2"]

@@ -90,6 +90,22 @@ def summed_by_the_builtin(self, x):
 
 
 @block
+def summed_from_a_number(self, x):
+    y = 0
+    for convolution in (self.conv2,):
+        y += convolution(self.conv1(x).relu())
+    return x + y
+
+
+@block
+def summed_on_a_number(self, x):
+    y = 0.0
+    y = y + self.branch(x)
+    y += x
+    return y
+
+
+@block
 def conditioned(self, x, embedding):
     y = self.conv1(x).relu() + embedding.mean()
     return x + self.conv2(y.relu())
@@ -128,6 +144,8 @@ def recursive(self, x):
         recursive,
         with_a_warning,
         summed_by_the_builtin,
+        summed_from_a_number,
+        summed_on_a_number,
         conditioned,
         modulated,
     ],

@@ -10,13 +10,13 @@
 
 import operator
 from collections.abc import Collection
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
-from .candidates import UPSAMPLING
 from .convolutions import (
     holds_spatial_convolution,
     is_convolution,
@@ -27,6 +27,7 @@ from .convolutions import (
 )
 from .graph import Graph, operation
 from .own_forward import behind_convolution
+from .sums import UPSAMPLING
 from .tracing import Trace
 
 ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -69,12 +70,17 @@ class BlockGraph(Graph):
             if operation(node) in ADD and len(self.operands(node)) == 2
         }
 
-    def residual_branches(self, like: Collection[str] = ()) -> list[Branch]:
-        """The branch of each residual add of the block itself.
+    @cached_property
+    def branches(self) -> list[Branch]:
+        """The branch of each residual add of the block itself."""
+        return self.branches_like(())
+
+    def branches_like(self, paths: Collection[str]) -> list[Branch]:
+        """The branch of each residual add, also where the shortcut is non-linear, too.
 
         Args:
-            like (collection of str): paths of the modules in the branch of other blocks of this
-                class. They tell the branch from a shortcut that is non-linear, too.
+            paths (collection of str): the modules in the branch of other blocks of this class. They
+                tell the branch from such a shortcut.
         """
         found = []
         for node, (first, second) in self._sums.items():
@@ -85,7 +91,7 @@ class BlockGraph(Graph):
             sides = [self._side(first, second, common), self._side(second, first, common)]
             branches = [side for side in sides if self._is_branch(side)]
             if len(branches) == 2:
-                branches = _most_like(branches, like)
+                branches = _most_like(branches, paths)
             if len(branches) == 1:
                 (branch,) = branches
                 (shortcut,) = (side for side in sides if side is not branch)

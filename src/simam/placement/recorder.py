@@ -73,6 +73,7 @@ class Recorder(TorchFunctionMode):
         self.values: list[Value] = []
         self.calls: list[Call] = []
         self._is_leaf = is_leaf
+        self._is_of_torch = fx.Tracer().is_leaf_module
         self._value_of: MutableMapping[Tensor, Value] = WeakTensorKeyDictionary()
         self._running: tuple[nn.Module, ...] = ()
         self.is_inside = False
@@ -121,7 +122,7 @@ class Recorder(TorchFunctionMode):
         self.calls.append(call)
         self._running = (*self._running, module)
         try:
-            if self._is_leaf(module) or fx.Tracer().is_leaf_module(module, ""):
+            if self._is_leaf(module) or self._is_of_torch(module, ""):
                 output = self.record("call_module", module, forward, args, kwargs)
             else:
                 output = forward(*args, **kwargs)

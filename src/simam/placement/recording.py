@@ -9,21 +9,20 @@ import logging
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from ..messages import one_line
+from .example import Example, arguments, holds_values
 from .recorder import Call, Recorder, Value
 from .skeleton import skeleton
 from .tracing import Trace
-
-Example: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 _CALLS = 8  # calls of one block that are looked at
 # Wrappers around a whole model: they pass their arguments on to the module in this attribute.
@@ -42,7 +41,7 @@ class Recording:
             Modules that had returned by then are recorded.
     """
 
-    def __init__(self, model: nn.Module, recorder: "Recorder", reads_values: bool) -> None:
+    def __init__(self, model: nn.Module, recorder: Recorder, reads_values: bool) -> None:
         self.reads_values = reads_values
         self._recorder = recorder
         copies = dict(recorder.model.named_modules())
@@ -140,7 +139,7 @@ def record(
         fake_tensor.DynamicOutputShapeException,
         fake_tensor.UnsupportedOperatorException,
     )
-    arguments = _arguments(example)
+    given = arguments(example)
     while type(model).__name__ in _WRAPPERS:
         model = getattr(model, _WRAPPERS[type(model).__name__])
     with ExitStack() as stack:
@@ -154,7 +153,7 @@ def record(
         convert = _on_cpu if with_values else _without_values
         recorder = Recorder(skeleton(model, convert), is_leaf)
         try:
-            recorder.run(*tree_map_only(Tensor, convert, arguments))
+            recorder.run(*tree_map_only(Tensor, convert, given))
         except unreadable:
             return Recording(model, recorder, reads_values=True)
         except Exception as error:  # the model's code may raise anything, not only on fake tensors
@@ -167,24 +166,6 @@ def record(
         else:
             return Recording(model, recorder, reads_values=False)
     return record(model, example, is_leaf, with_values=True)
-
-
-def holds_values(example: Example) -> bool:
-    """Whether a model that reads values in Python can run on the example: no tensor is on meta."""
-    return not any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves(_arguments(example)))
-
-
-def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, Tensor):
-        return (example,), {}
-    if isinstance(example, tuple):
-        return example, {}
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    raise TypeError(
-        "example must be a tensor, a tuple of arguments, or a dict of keyword arguments, "
-        f"got {type(example).__name__}"
-    )
 
 
 def _without_values(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -26,10 +27,13 @@ from .convolutions import (
     within_adapters,
 )
 from .dataflow import ADD, BlockGraph, Branch
+from .example import Example, holds_values
 from .existing import ExistingSimAM, existing_in_branch, find_layers, is_within, join
 from .place import NoHostError, find_hosts
-from .recording import Example, Recording, holds_values, record
 from .tracing import Trace, traces
+
+if TYPE_CHECKING:
+    from .recording import Recording
 
 
 @dataclass(frozen=True)
@@ -127,22 +131,26 @@ def _analyse_blocks(
 ) -> tuple[dict[str, BlockGraph], list[Unanalysed]]:
     if example is None:
         return _analyse_with(model, None)
+    from .recording import record  # not before an example is given
+
     recording = record(model, example, _is_leaf)
     graphs, unanalysed = _analyse_with(model, recording)
-    if not (unanalysed and recording.reads_values):
-        return graphs, unanalysed
-    if holds_values(example):
-        return _analyse_with(model, record(model, example, _is_leaf, with_values=True))
-    why = (
-        "; and the model reads a value in Python, where the run on an example without values "
-        "stopped: give an example with values, on the CPU"
-    )
-    return graphs, [replace(u, reason=u.reason + why) for u in unanalysed]
+    if unanalysed and recording.reads_values and holds_values(example):
+        recording = record(model, example, _is_leaf, with_values=True)
+        graphs, unanalysed = _analyse_with(model, recording)
+    why = "; it did not run on the example"
+    if recording.reads_values:
+        why = (
+            "; the model reads a value in Python, where the run on an example without values "
+            "stopped: give an example with values, on the CPU"
+        )
+    return graphs, [replace(u, reason=u.reason + why, needs_example=False) for u in unanalysed]
 
 
 def _analyse_with(
-    model: nn.Module, recording: Recording | None
+    model: nn.Module, recording: "Recording | None"
 ) -> tuple[dict[str, BlockGraph], list[Unanalysed]]:
+    """Analyse every block that may be residual, by its recorded calls or else by its code."""
     graphs: dict[str, BlockGraph] = {}
     unanalysed: list[Unanalysed] = []
     with_sums = recording.blocks_with(ADD, holds_spatial_convolution) if recording else set()
@@ -154,9 +162,8 @@ def _analyse_with(
             try:
                 graphs[path] = _analyse(block, recorded)
             except Exception as error:  # the block's own code, run on symbols, may raise anything
-                kind = plain_class(block).__name__
-                reason = f"{kind}, {one_line(error, 100)}"
-                unanalysed.append(Unanalysed(path, reason, needs_example=recording is None))
+                reason = f"{plain_class(block).__name__}, {one_line(error, 100)}"
+                unanalysed.append(Unanalysed(path, reason, needs_example=True))
     return graphs, unanalysed
 
 
@@ -172,7 +179,7 @@ def _residual_blocks(graphs: dict[str, BlockGraph]) -> dict[str, tuple[str, list
     for path, graph in graphs.items():
         name = graph.kind.__name__
         if not branches[path] and graph.kind in modules_of_kinds:
-            branches[path] = graph.residual_branches(modules_of_kinds[graph.kind])
+            branches[path] = graph.branches_like(modules_of_kinds[graph.kind])
         if branches[path]:
             blocks[path] = (f"the residual branch of {name}", branches[path])
         elif graph.kind in modules_of_kinds or _is_skipless(graph):
@@ -188,7 +195,7 @@ def _branches_within_stages(graphs: dict[str, BlockGraph]) -> dict[str, list[Bra
     The network is the module that holds all residual blocks, or the model itself. A sum in its own
     code may join streams of different resolutions, fuse stages, or update a recurrent state.
     """
-    branches = {path: graph.residual_branches() for path, graph in graphs.items()}
+    branches = {path: graph.branches for path, graph in graphs.items()}
     residual = [path for path, found in branches.items() if found]
     for path in residual:
         inner = {p.removeprefix(f"{path}.") for p in residual if is_within(p, path)}
@@ -215,7 +222,7 @@ def _analyse(block: nn.Module, recorded: Iterator[Trace]) -> BlockGraph:
     graphs = []
     for call in calls:
         graphs.append(BlockGraph(block, call))
-        if graphs[-1].residual_branches():
+        if graphs[-1].branches:
             return graphs[-1]
     return graphs[0]
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
@@ -38,11 +37,6 @@ def skeleton(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Modul
         if hosts.is_changed(part) and not hosts.class_was_changed_since(part):
             hosts.undo(part)
     return clone
-
-
-def without_values(tensor: Tensor) -> Tensor:
-    """The same tensor on the meta device."""
-    return torch.empty_like(tensor, device="meta")
 
 
 class _TensorCopies(TorchFunctionMode):

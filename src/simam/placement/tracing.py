@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx, nn
 
-from .skeleton import skeleton, without_values
+from .skeleton import skeleton
 
 _ATTEMPTS = 8
 _REPETITIONS = 1000  # of a condition that is taken to be true
@@ -49,7 +50,7 @@ def traces(
     Raises:
         Exception: no path can be traced; what the block's own code raised along the first path.
     """
-    block = skeleton(block, without_values)
+    block = skeleton(block, lambda tensor: torch.empty_like(tensor, device="meta"))
     parameters = inspect.signature(block.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     pending: deque[list[bool]] = deque([[]])
