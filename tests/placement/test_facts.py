@@ -121,7 +121,7 @@ def example(library: str, name: str, model: nn.Module) -> object:
     if type(model).__module__.startswith("torchvision.models.detection"):
         return ([empty(3, 224, 224)],)
     is_video = "video" in type(model).__module__
-    return empty(1, 3, 16, 112, 112) if is_video else empty(1, 3, 224, 224)
+    return empty(1, 3, 16, 224, 224) if is_video else empty(1, 3, 224, 224)
 
 
 # Those for which the record of a run may differ most from the code.
